@@ -1,0 +1,297 @@
+"""The task: film reviews, their true sentiment, a tokenizer, prompts and preferences (Section 6, "controlled sentiment").
+
+The paper prompts a language model with the beginning of an IMDb review and asks for a positive continuation. Here a small
+grammar writes the reviews and `sentiment` reads them, so the true reward r(x, y) is known exactly and costs microseconds.
+
+What is simplified, and why:
+  1. Reviews come from a grammar, not from IMDb: a laptop can learn it, and its reward has no errors of its own.
+  2. The reward is a formula over parsed clauses, not a classifier: nothing that is not grammatical earns anything.
+  3. Prompts have no beginning-of-text token: a prompt of 2-8 tokens is where the model starts, as in the paper.
+
+Everything random takes a generator made from names (`rng`), so that changing a loss never changes the data.
+"""
+import fcntl
+import hashlib
+import math
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+from typing import Callable, NamedTuple
+
+import tiktoken
+import torch
+from tiktoken._educational import bpe_train
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------- the language
+# A domain is a subject with its openings (neutral, one word from each column) and the aspects one may have an opinion on.
+DOMAINS = {
+    "film": (
+        [["I", "We", "My sister", "Two friends"], ["saw", "watched", "rented"],
+         ["this film", "this movie", "a thriller", "a comedy", "an old western"],
+         ["last night", "on Sunday", "on the train", "after dinner"]],
+        ["acting", "plot", "script", "score", "pacing", "ending", "cast", "humour", "editing", "story", "villain", "finale"]),
+    "restaurant": (
+        [["I", "We", "My sister", "Two friends"], ["tried", "visited", "booked"],
+         ["this bistro", "the diner", "a tavern", "an old noodle bar"],
+         ["last night", "on Sunday", "on the way", "after the film"]],
+        ["soup", "service", "dessert", "menu", "wine", "bread", "music", "coffee", "pasta", "waiter"]),
+}
+VERBS = ["was", "felt", "seemed", "looked"]
+INTENSIFIERS = {"slightly": .5, "fairly": .7, "rather": .8, "really": 1.2, "truly": 1.4, "utterly": 1.6}
+ADJECTIVES = {  # valence, from -3 to 3
+    "decent": 1, "fine": 1, "pleasant": 1, "solid": 1, "likeable": 1,
+    "charming": 2, "clever": 2, "gripping": 2, "elegant": 2, "witty": 2,
+    "brilliant": 3, "superb": 3, "dazzling": 3, "magnificent": 3,
+    "flat": -1, "thin": -1, "plain": -1, "slow": -1, "predictable": -1,
+    "dull": -2, "clumsy": -2, "bland": -2, "shallow": -2, "tedious": -2,
+    "awful": -3, "dreadful": -3, "appalling": -3, "excruciating": -3}
+NEGATION = -.6    # "not superb" is weaker than "dull" is
+CONTRAST = 1.5    # a clause after "but" weighs more: it is the reviewer's last word
+
+
+def _any(words) -> str:
+    return "(" + "|".join(words) + ")"
+
+
+_ASPECTS = sorted({aspect for _, aspects in DOMAINS.values() for aspect in aspects})
+_OPINION = rf"{_any(_ASPECTS)} {_any(VERBS)}( not)?(?: {_any(INTENSIFIERS)})? {_any(ADJECTIVES)}"
+CLAUSE = re.compile(rf"(The|and the|but the) {_OPINION}")
+REVIEW = re.compile(_any(" ".join(map(_any, openings)) for openings, _ in DOMAINS.values())
+                    + rf"\.(?: The {_OPINION}(?:, (?:and|but) the {_OPINION})*\.)+")
+
+
+def opinions(text: str) -> list[tuple[str, float, float]]:
+    """The clauses of a text that parse, as (aspect, valence, weight), in order; only the first on each aspect counts."""
+    found = {}
+    for part in re.split(r"[.,] ?", text):
+        if match := CLAUSE.fullmatch(part):
+            start, aspect, _, negated, intensifier, adjective = match.groups()
+            valence = ADJECTIVES[adjective] * INTENSIFIERS.get(intensifier, 1.) * (NEGATION if negated else 1.)
+            found.setdefault(aspect, (aspect, valence, CONTRAST if start == "but the" else 1.))
+    return list(found.values())
+
+
+def sentiment(text: str) -> float:
+    """The true reward r(x, y): probability in [0, 1] that a text (prompt and completion together) is positive.
+
+    sigma(weighted mean valence) over the opinions that parse; .5 where there is none. Takes any string, in linear time.
+    Repetition, spam and broken grammar do not parse and so earn nothing; being cut off costs nothing by itself.
+    """
+    clauses = opinions(text)
+    if not clauses:
+        return .5
+    mean = sum(valence * weight for _, valence, weight in clauses) / sum(weight for _, _, weight in clauses)
+    return 1 / (1 + math.exp(-mean))
+
+
+def is_grammatical(text: str) -> bool:
+    """Whether a whole text is a review of the grammar: one opening, then at least one sentence of opinions."""
+    return REVIEW.fullmatch(text) is not None
+
+
+def write_opinion(aspect: str, positive: bool, r: random.Random) -> str:
+    negated = r.random() < .2
+    wanted = [a for a, v in ADJECTIVES.items() if (v > 0) == (positive != negated)]
+    adjective = r.choices(wanted, [5 - abs(ADJECTIVES[a]) for a in wanted])[0]    # strong words are rarer
+    intensifier = r.choice(list(INTENSIFIERS)) + " " if r.random() < .4 else ""
+    return f"{aspect} {r.choice(VERBS)} {'not ' if negated else ''}{intensifier}{adjective}"
+
+
+def write_review(r: random.Random, domain: str = "film") -> str:
+    """One review. A latent mood makes its clauses agree, "but" joins clauses that disagree and "and" those that agree."""
+    openings, aspects = DOMAINS[domain]
+    mood = r.choice([.25, .5, .75])                                    # probability that a clause is positive
+    text, last = " ".join(r.choice(column) for column in openings), None
+    for aspect in r.sample(aspects, r.choice([3, 4])):
+        positive = r.random() < mood
+        joint = ". The " if last is None or r.random() < .5 else ", and the " if positive == last else ", but the "
+        text, last = text + joint + write_opinion(aspect, positive, r), positive
+    return text + "."
+
+
+def rng(*names) -> random.Random:
+    """A generator of its own for each purpose: the same names, the same numbers, whatever else ran before."""
+    return random.Random(repr(names))
+
+
+def torch_rng(*names, device="cpu") -> torch.Generator:
+    """`rng` for tensors."""
+    seed = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def write_corpus(count: int, seed: int, domain: str = "film") -> dict[str, list[str]]:
+    """`count` different reviews in disjoint splits: train (80%), validation (10%: tuning) and test (10%: the results)."""
+    r, reviews = rng("corpus", domain, seed), {}
+    while len(reviews) < count:
+        reviews[write_review(r, domain)] = None                        # a dict keeps the order and drops repeats
+    texts, a, b = list(reviews), int(.8 * count), int(.9 * count)
+    return {"train": texts[:a], "validation": texts[a:b], "test": texts[b:]}
+
+
+# --------------------------------------------------------------------------------------------------------- the tokenizer
+PATTERN = r" ?\p{L}+| ?[^\s\p{L}]+|\s+"    # words with their leading space, punctuation, the rest: no text is lost
+
+
+def learn_ranks(texts: list[str], vocab_size: int) -> dict[bytes, int]:
+    """Byte-pair ranks learned from the texts; all tokens but one, which is kept for end-of-text. Seconds, so cache it."""
+    return bpe_train("\n".join(texts), vocab_size - 1, PATTERN, visualise=None)
+
+
+def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """A tiktoken encoding whose last token, `encoding.eot_token`, ends a text."""
+    return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+
+
+PROMPT = 8    # tokens of the longest prompt
+
+
+def pad(rows: list[list[int]], filler: int, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists of token ids -> ids (B, T), filled up on the right (to `width` at least), and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), max(width, int(lengths.max()))), filler)
+    for row, tokens in zip(ids, rows):
+        row[:len(tokens)] = torch.tensor(tokens)
+    return ids, lengths
+
+
+def make_prompts(encoding, texts: list[str], r: random.Random) -> tuple[Tensor, Tensor]:
+    """The first 2-8 tokens of each review (App. C.1) -> ids (B, PROMPT), lengths (B,)."""
+    return pad([encoding.encode(text)[:r.randint(2, PROMPT)] for text in texts], encoding.eot_token, PROMPT)
+
+
+def decode(encoding, ids: Tensor, mask: Tensor) -> list[str]:
+    """Prompt and response of each row as text, without the end token. ids (B, T), mask (B, T) of the response tokens."""
+    end = mask.shape[1] - mask.int().flip(1).argmax(1)                 # one past the last response token
+    return [encoding.decode([t for t in row[:n] if t != encoding.eot_token]) for row, n in zip(ids.tolist(), end.tolist())]
+
+
+def true_reward(encoding, ids: Tensor, mask: Tensor) -> Tensor:
+    """`sentiment` of each row's text: ids (B, T), mask (B, T) -> (B,) float32 on the ids' device."""
+    return torch.tensor([sentiment(text) for text in decode(encoding, ids, mask)], device=ids.device)
+
+
+# ------------------------------------------------------------------------------------------------------- the preferences
+def bradley_terry(r_1: Tensor, r_2: Tensor) -> Tensor:
+    """P(y_1 beats y_2 | x) = sigma(r_1 - r_2)                                                                   Eq. 1"""
+    return torch.sigmoid(r_1 - r_2)
+
+
+def label_pairs(reward: Tensor, mode: str, tau: float, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    """All pairs among K completions of each prompt, labelled: reward (N, K) -> winner (M,), loser (M,), ties dropped.
+
+    Winner and loser index the N * K completions, laid out prompt by prompt; the pairs of a prompt are consecutive.
+    `deterministic` (the paper): the higher reward wins, exact ties are dropped. `bt` (the theory): y_1 wins with the
+    probability of Eq. 1 at rewards r / tau; a tie is a coin. K(K-1)/2 pairs a prompt, fewer where ties were dropped.
+    """
+    n, k = reward.shape
+    first, second = torch.triu_indices(k, k, 1)                        # (K(K-1)/2,) each
+    r_1, r_2 = reward[:, first], reward[:, second]                     # (N, K(K-1)/2)
+    if mode == "deterministic":
+        first_wins, keep = r_1 > r_2, r_1 != r_2
+    else:
+        first_wins = torch.rand(r_1.shape, generator=generator) < bradley_terry(r_1 / tau, r_2 / tau)
+        keep = torch.ones_like(first_wins)
+    offset = k * torch.arange(n)[:, None]
+    winner = torch.where(first_wins, first, second) + offset
+    loser = torch.where(first_wins, second, first) + offset
+    return winner[keep], loser[keep], int((~keep).sum())
+
+
+class Preferences(NamedTuple):
+    """K completions for each of N prompts, prompt by prompt (C = N * K rows), and M labelled pairs, prompt by prompt."""
+    ids: Tensor       # (C, T) prompt, response, filler
+    mask: Tensor      # (C, T) the response tokens
+    ref: Tensor       # (C,) log pi_ref(y|x), computed once for every run that uses them
+    winner: Tensor    # (M,) rows of y_w
+    loser: Tensor     # (M,) rows of y_l
+    k: int            # completions a prompt
+
+
+def prompt_batch(data: Preferences, prompts: Tensor) -> Preferences:
+    """The completions and pairs of some prompts (n,), the pairs now indexing the batch's rows; cut to its longest row (App. B)."""
+    rows = (prompts[:, None] * data.k + torch.arange(data.k)).flatten()
+    first = torch.searchsorted(data.winner // data.k, torch.stack([prompts, prompts + 1]))      # (2, n)
+    pairs = torch.cat([torch.arange(a, b) for a, b in first.T.tolist()])
+    place = torch.full((int(rows.max()) + 1,), -1)
+    place[rows] = torch.arange(len(rows))
+    mask = data.mask[rows]
+    width = int(mask.any(0).nonzero().max()) + 1
+    return Preferences(data.ids[rows, :width], mask[:, :width], data.ref[rows], place[data.winner[pairs]],
+                       place[data.loser[pairs]], data.k)
+
+
+def prompt_order(data: Preferences, batch: int, generator: torch.Generator, window: int = 8) -> list[Tensor]:
+    """One epoch of batches of the prompts that have pairs, in random order; within `window` batches prompts of like length go together.
+
+    Filler is computed like any other token: like with like is a fifth less work, and which batch comes when stays random.
+    """
+    length = data.mask.sum(1).view(-1, data.k).amax(1)
+    order = (data.winner // data.k).unique()
+    assert len(order), "there are no pairs: every completion of every prompt has the same reward"
+    order = order[torch.randperm(len(order), generator=generator)]
+    batches = []
+    for part in order.split(batch * window):
+        batches += part[length[part].argsort(stable=True)].split(batch)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+# ----------------------------------------------------------------------- stages: files that are made once, by many workers
+class UserError(Exception):
+    """Something that the user can mend; its text says what and how."""
+
+
+def source(*files) -> str:
+    """Hash of files' contents: who changes the code of a stage makes it anew."""
+    return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
+
+
+def load_stage(path: pathlib.Path, key: str):
+    """What a stage's file holds; None if it is missing, or unreadable, which is said."""
+    try:
+        stored = torch.load(path, weights_only=True)
+        assert stored["key"] == key, "it was made with another configuration"
+        return stored["value"]
+    except FileNotFoundError:
+        return None
+    except Exception as error:    # whatever a truncated or foreign file makes the reader raise
+        print(f"{path} cannot be used and is made again ({type(error).__name__}: {str(error).splitlines()[0]})", flush=True)
+
+
+def stage(folder: pathlib.Path, name: str, key: str, make: Callable):
+    """Load folder/name.key.pt if it is there, else make it and write it, atomically; other processes wait meanwhile."""
+    path = folder / f"{name}.{key}.pt"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)    # let go when this process ends, however it ends
+        value = load_stage(path, key)
+        if value is None:
+            value = make()
+            torch.save({"key": key, "value": value}, path.with_suffix(".partial"))
+            os.replace(path.with_suffix(".partial"), path)
+    return value
+
+
+def share(make: Callable, jobs: list[tuple[str, str, Callable]], rank: int, world: int, report: Callable = lambda: None) -> list:
+    """Stages that do not need each other, divided over the workers; then all of them, whoever made them."""
+    for job in jobs[rank::world]:
+        make(*job)
+        report()
+    return [make(*job) for job in reversed(jobs)][::-1]    # from the end: what another worker comes to last
+
+
+def launch(workers: int) -> int:
+    """This command again as `workers` processes of one thread each, as torchrun would start them; their worst exit code."""
+    # glibc hands freed memory back and faults it in again, a third of the time of a small model's step, unless told to keep it.
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32), "OMP_NUM_THREADS": "1"}
+    children = [subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE,
+                                 env={**os.environ, **keep, "RANK": str(rank), "WORLD_SIZE": str(workers), "PARENT": "train.py"})
+                for rank in range(workers)]
+    try:
+        return max((child.wait() for child in children), key=abs)
+    finally:
+        for child in children:
+            child.kill()

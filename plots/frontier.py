@@ -1,0 +1,66 @@
+"""Fig. 2, left: true reward against KL(pi || pi_ref), every method under the exact optimum.   python -m plots.frontier [FOLDER]"""
+import torch
+from torch import Tensor
+
+from model import GPT, respond, response_kl, score_batches
+from plots import SOLID, plt, redraw, style
+
+RIGHT = 10.     # nats shown; points beyond are drawn at the edge, with their KL beside them
+
+
+def clustered(x: Tensor) -> tuple[float, float]:
+    """Mean and its standard error over prompts: (X prompts, n samples) -> two numbers. Samples of a prompt are not independent."""
+    by_prompt = x.double().mean(1)
+    return by_prompt.mean().item(), (by_prompt.std() / len(by_prompt) ** .5).item()
+
+
+def measure(policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor], samples: int, max_tokens: int, end: int, reward,
+            generator: torch.Generator) -> dict[str, float]:
+    """Mean true reward and mean sequence KL of a policy, with standard errors; `reward(ids, mask) -> (B,)`."""
+    ids, mask = respond(policy, prompts, samples, max_tokens, end, generator)
+    r = reward(ids, mask).view(-1, samples)
+    kl = score_batches(lambda a, b: response_kl(policy, ref, a, b), ids, mask).view(-1, samples)
+    (mean_r, se_r), (mean_kl, se_kl) = clustered(r), clustered(kl)
+    return {"reward": mean_r, "reward_se": se_r, "kl": mean_kl, "kl_se": se_kl, "length": mask.sum(1).double().mean().item()}
+
+
+def draw_optimum(axis, optimum: dict) -> None:
+    """The optimal frontier: solid where its estimate rests on enough samples, dashed beyond, shaded where no policy can be."""
+    points = sorted(zip(optimum["kl"], optimum["reward"], optimum["ess"]))
+    kl, reward, ess = zip(*points)
+    solid = sum(e >= SOLID for e in ess)
+    axis.fill_between(kl, reward, 1.02, color="0.93", lw=0)
+    axis.plot(kl[:solid], reward[:solid], color="0.25", lw=2, label="optimum (Eq. 4)")
+    axis.plot(kl[max(solid - 1, 0):], reward[max(solid - 1, 0):], "--", color="0.25", lw=1.5)
+
+
+def draw(rows: list[dict], optimum: dict, path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 5.2))
+    draw_optimum(axis, optimum)
+    for method, (label, colour, marker) in style(row["method"] for row in rows).items():
+        mine = [row for row in rows if row["method"] == method]
+        if not mine:
+            continue
+        on_way = [row for row in mine if not row["final"] and row["kl"] <= RIGHT]
+        final = [row for row in mine if row["final"]]
+        axis.scatter([r["kl"] for r in on_way], [r["reward"] for r in on_way], s=9, color=colour, alpha=.35, lw=0)
+        axis.errorbar([min(r["kl"], RIGHT) for r in final], [r["reward"] for r in final],
+                      xerr=[r["kl_se"] if r["kl"] <= RIGHT else 0. for r in final], yerr=[r["reward_se"] for r in final],
+                      fmt=marker, color=colour, ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1,
+                      label=label, zorder=4, clip_on=False)
+    beyond = sorted((r["reward"], r["kl"]) for r in rows if r["final"] and r["kl"] > RIGHT)
+    for reward, kl in beyond:
+        axis.annotate(f"KL {kl:.0f} \u2192", (RIGHT, reward), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
+    bottom = min([row["reward"] for row in rows if row["kl"] <= RIGHT or row["final"]])
+    axis.set(xlim=(-.2, RIGHT), ylim=(min(.45, bottom - .03), 1.02), xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats",
+             ylabel="true reward (probability of positive sentiment)")
+    axis.xaxis.label.set_size(12), axis.yaxis.label.set_size(12)
+    axis.grid(alpha=.25)
+    axis.legend(loc="lower right", fontsize=11, framealpha=.95)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    redraw(draw, "frontier")

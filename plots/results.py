@@ -1,0 +1,72 @@
+"""What a run leaves behind: results.jsonl, optimum.json, failures.jsonl, the table, the figures; and whether it can be true."""
+import json
+import math
+import os
+import pathlib
+
+import dpo
+from plots import SOLID, frontier
+
+
+def add_shares(rows: list[dict], optimum: dict) -> None:
+    """Adds to each row the most that is possible at its KL, F, and the share of that gain that was attained.
+
+    share = (E_pi[r] - E_ref[r]) / (F(KL) - E_ref[r]); its standard error moves reward and KL, each by its own. None for SFT, whose
+    gain is 0, and where the curve ends.
+    """
+    for row in rows:
+        row.update(optimal_reward=None, share=None, share_se=None)
+        if row["method"] == "sft" or row["kl"] > max(optimum["kl"]):
+            continue
+        best, slope, _ = dpo.optimal_reward(row["kl"], optimum)
+        gain = best - optimum["ref_reward"]
+        share = (row["reward"] - optimum["ref_reward"]) / gain
+        row.update(optimal_reward=best, share=share, share_se=math.hypot(row["reward_se"], share * slope * row["kl_se"]) / gain)
+
+
+def impossible(rows: list[dict], optimum: dict) -> list[dict]:
+    """Rows above the optimum, where it is solid, by more than 4 standard errors: by Eq. 4 each is a bug, not a discovery."""
+    solid = max((kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= SOLID), default=0.)
+    found = []
+    for row in rows:
+        best, slope, se = dpo.optimal_reward(row["kl"], optimum)
+        noise = math.hypot(row["reward_se"], slope * row["kl_se"], se)
+        if row["kl"] <= solid and row["reward"] - best > 4 * noise:
+            found.append(row)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """The finished policies, as text."""
+    lines = [f"{'method':<14}{'setting':>8}{'seed':>5}{'KL':>8}{'+-':>6}{'reward':>8}{'+-':>6}{'share':>7}{'+-':>6}{'seconds':>9}"]
+    for r in (row for row in rows if row["final"]):
+        share = f"{r['share']:>7.0%}{r['share_se']:>6.0%}" if r["share"] is not None else f"{'-':>7}{'-':>6}"
+        lines.append(f"{r['method']:<14}{r['setting']:>8g}{r['seed']:>5}{r['kl']:>8.2f}{r['kl_se']:>6.2f}{r['reward']:>8.3f}"
+                     f"{r['reward_se']:>6.3f}{share}{r['seconds']:>9.0f}")
+    return "\n".join(lines)
+
+
+def write_lines(path: pathlib.Path, rows) -> None:
+    """A row a line, as JSON, atomically."""
+    path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def publish(out: pathlib.Path, rows: list[dict], failures: list[dict], optimum: dict) -> int:
+    """Write and draw all; print the table and whatever is wrong. Returns the exit code: 1 if anything is."""
+    add_shares(rows, optimum)
+    write_lines(out / "results.jsonl", rows)
+    write_lines(out / "failures.jsonl", failures)
+    write_lines(out / "optimum.json", [optimum])
+    frontier.draw(rows, optimum, out / "frontier.png")
+    print(table(rows))
+    for failure in failures:
+        print("FAILED: {method} {setting:g} seed {seed} at step {step}: {not_finite} not finite; its earlier rows are kept".format(**failure))
+    wrong = impossible(rows, optimum)
+    for row in wrong:
+        print("IMPOSSIBLE: {method} {setting:g} seed {seed} step {step}, reward {reward:.3f} at KL {kl:.2f}, is above the optimum "
+              "{optimal_reward:.3f} by more than 4 standard errors: a bug in reward, KL or optimum".format(**row))
+    solid = max((kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= SOLID), default=0.)
+    print(f"{'No' if not wrong else len(wrong)} evaluation(s) of {len(rows)} above the optimum, which is solid to KL {solid:.2f} and dashed "
+          f"beyond (fewer than {SOLID} effective samples); results and figures are in {out}")
+    return 1 if failures or wrong else 0

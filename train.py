@@ -1,0 +1,406 @@
+"""The experiment of Section 6: corpus, SFT, completions, labels, reward model, the sweep, evaluation, plot.   python train.py
+
+Everything is made in stages. A stage is a file, named by a hash of all that determines it, that is loaded if it is there and
+made if it is not; so a stopped run goes on where it was, a new loss reuses the baselines, and workers share the sweep.
+`python train.py --help` lists every number that can be changed, with its meaning.
+"""
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+import dpo
+import ppo
+from data import Preferences, UserError, launch, load_stage, rng, share, source, stage, torch_rng
+from model import GPT, GPTConfig, fit, respond, response_logp, schedule, score_batches
+from plots import STYLE, frontier, results
+
+VERSION = 1    # of what stages hold and how train.py makes it; a new number makes every stage anew
+
+
+# ----------------------------------------------------------------------------------------------------------- configuration
+def option(default, meaning: str, low: float = 0, high: float = math.inf, choices: tuple = ()):
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = option(0, "seed of the corpus and of pi_ref, and the first of the experiments' seeds")
+    seeds: int = option(1, "experiments, each with its own preferences, reward model and policies", 1, 100)
+    split: str = option("test", "whose prompts judge policies: test for results, validation for tuning",
+                        choices=("test", "validation"))
+    # the task (Section 6, App. C.1)
+    reviews: int = option(32_000, "reviews in all: 80% train, 10% validation, 10% test", 50, 10**6)
+    vocab_size: int = option(512, "tokens of the vocabulary, end-of-text included", 300, 10**5)
+    max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
+    # the model
+    layers: int = option(2, "blocks of the GPT", 1, 100)
+    heads: int = option(2, "attention heads", 1, 100)
+    width: int = option(64, "width of the GPT, a multiple of the heads", 1, 10**5)
+    sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
+    sft_batch: int = option(64, "reviews a step", 1, 10**5)
+    sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
+    # preferences (Section 6)
+    prompts: int = option(12_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
+    completions: int = option(4, "completions a prompt: 4 give 6 pairs", 2, 64)
+    labels: str = option("deterministic", "deterministic: the higher true reward wins (paper); bt: Bradley-Terry, Eq. 1",
+                         choices=("deterministic", "bt"))
+    tau: float = option(.1, "temperature of bt labels: P(1 beats 2) = sigma((r1 - r2) / tau)", 1e-6, 1e6)
+    # DPO and the other losses on pairs (App. B)
+    betas: tuple[float, ...] = option((.5, 1., 2., 5.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
+    alphas: tuple[float, ...] = option((.05, .1, .5, 1.), "alpha of Unlikelihood, a list (the paper's)", 0, 1e6)
+    preferred_runs: int = option(5, "runs of Preferred-FT, each in an order of its own", 0, 100)
+    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1, 10**5)
+    lr: float = option(5e-4, "peak learning rate on pairs, after 10% warm-up, then linear to 0", 1e-12, 10)
+    epochs: int = option(1, "epochs over the pairs", 1, 1000)
+    # RLHF (Section 3)
+    rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
+    rm_lr: float = option(1e-3, "peak learning rate of the reward model", 1e-12, 10)
+    kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
+    ppo_steps: int = option(80, "batches of episodes", 1, 10**6)
+    ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 10**6)
+    ppo_minibatch: int = option(128, "episodes an update", 1, 10**6)
+    ppo_epochs: int = option(2, "passes over a batch", 1, 100)
+    ppo_lr: float = option(5e-4, "learning rate of policy and values, linear to 0", 1e-12, 10)
+    ppo_coefficient: float = option(.3, "price of a nat to start with, in standard deviations of the reward", 1e-9, 1e6)
+    ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1, 1e12)
+    # evaluation
+    eval_prompts: int = option(64, "held-out prompts that judge every policy, and the optimum", 2, 10**5)
+    eval_samples: int = option(16, "responses to each, for a finished policy", 1, 10**4)
+    evaluations: int = option(8, "evaluations of a run, the last of them of the finished policy", 1, 1000)
+    optimum_samples: int = option(1024, "responses of pi_ref to each, for the optimum", 2, 10**6)
+
+
+PRESETS = {
+    "default": {},
+    "paper": dict(prompts=25_000, optimum_samples=16_384),
+    "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
+                 betas=(.5, 2.), alphas=(.1,), preferred_runs=1, batch_prompts=8, rm_epochs=1, kl_targets=(1.,), ppo_steps=2,
+                 ppo_batch=16, ppo_minibatch=8, ppo_epochs=1, eval_prompts=4, eval_samples=4, evaluations=2),
+}
+
+
+def parse(flag: str, f: dataclasses.Field, text: str):
+    """A flag's text as its field's type, within its bounds. Raises UserError."""
+    kind, m = type(f.default[0] if isinstance(f.default, tuple) else f.default), f.metadata
+    try:
+        values = [kind(part) for part in (text.split(",") if isinstance(f.default, tuple) else [text])]
+    except ValueError:
+        raise UserError(f"{flag} takes {'whole ' * (kind is int)}numbers, not {text!r}") from None
+    if m["choices"] and text not in m["choices"]:
+        raise UserError(f"{flag} is one of {', '.join(m['choices'])}, not {text!r}")
+    if kind is not str and not all(m["low"] <= x <= m["high"] and math.isfinite(x) for x in values):
+        raise UserError(f"{flag} must be from {m['low']:g} to {m['high']:g}, not {text!r}")
+    if len(set(values)) < len(values):
+        raise UserError(f"{flag} names a value twice: {text!r}")
+    return tuple(values) if isinstance(f.default, tuple) else values[0]
+
+
+def refuse(message: str):
+    raise UserError(f"{message}; see python train.py --help")
+
+
+def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """The command line: every field of Config is a flag. Raises UserError, in one sentence, for a value that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("--preset", default="default", choices=PRESETS, help="sizes to start from; other flags override them")
+    parser.add_argument("--out", help="folder for all that is written (default runs/PRESET)")
+    parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
+                        help="train this loss over --betas instead of the sweep, beside the baselines that are there; repeatable")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--workers", type=int, choices=range(1, 65), metavar="N",
+                        help="processes that share the sweep (default: one a core, at most 16; on a GPU 4)")
+    for f in dataclasses.fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, type=partial(parse, flag, f), metavar="N", default=argparse.SUPPRESS,
+                            help=f"{f.metadata['meaning'].replace('%', '%%')} (default: {f.default})")
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    cfg = dataclasses.replace(Config(**PRESETS[args.preset]), **given)
+    for wrong, message in (
+            (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
+            (cfg.prompts > .8 * cfg.reviews, f"--prompts {cfg.prompts} is more than 80% of --reviews {cfg.reviews}, the train reviews"),
+            (cfg.eval_prompts > .1 * cfg.reviews,
+             f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews {cfg.reviews}, the held-out reviews"),
+            (cfg.ppo_batch % cfg.completions, f"--ppo-batch {cfg.ppo_batch} is not a multiple of --completions {cfg.completions}")):
+        if wrong:
+            raise UserError(message)
+    return cfg, args
+
+
+# ------------------------------------------------------------------------------------------------------------------ stages
+def key_of(cfg: Config, fields: str, *more) -> str:
+    """Hash of all that determines a stage: the fields named, its parents' included, the code, and anything more."""
+    values = {name: getattr(cfg, name) for name in fields.split()}
+    text = json.dumps([VERSION, values, source(data.__file__, sys.modules["model"].__file__), more], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------ corpus and SFT (App. C.1)
+CORPUS = "seed reviews vocab_size"
+SFT = CORPUS + " layers heads width max_tokens sft_epochs sft_batch sft_lr"
+COMPLETIONS = SFT + " prompts completions"
+PAIRS = COMPLETIONS + " labels tau batch_prompts"
+EVALUATION = " split eval_prompts eval_samples evaluations"
+PPO = PAIRS + EVALUATION + " rm_epochs rm_lr ppo_steps ppo_batch ppo_minibatch ppo_epochs ppo_lr ppo_coefficient ppo_horizon"
+
+
+class Lab(NamedTuple):
+    """What all runs share."""
+    cfg: Config
+    stage: Callable                   # data.stage in the run's folder: stage(name, key, make)
+    share: Callable                   # data.share between the workers: share(jobs)
+    device: str
+    encoding: object
+    corpus: dict[str, list[str]]
+    ref: GPT                          # pi_ref
+    prompts: tuple[Tensor, Tensor]    # that policies are judged on
+
+    def reward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return data.true_reward(self.encoding, ids, mask)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu() for name, p in model.state_dict().items()}
+
+
+def prepare(cfg: Config, stage: Callable, share: Callable, device: str) -> Lab:
+    """Corpus, tokenizer, pi_ref, and the prompts that judge."""
+    corpus = stage("corpus", key_of(cfg, CORPUS), partial(data.write_corpus, cfg.reviews, cfg.seed))
+    ranks = stage("tokenizer", key_of(cfg, CORPUS), partial(data.learn_ranks, corpus["train"][:150], cfg.vocab_size))
+    encoding = data.make_encoding(ranks)
+    config = GPTConfig(cfg.vocab_size, cfg.max_tokens + data.PROMPT, cfg.layers, cfg.heads, cfg.width)
+    ref = GPT(config, torch_rng("init", cfg.seed)).to(device)
+
+    def train_sft() -> dict[str, Tensor]:
+        rows = [(encoding.encode(text) + [encoding.eot_token])[:config.context] for text in corpus["train"]]
+        order = [i for e in range(cfg.sft_epochs) for i in rng("sft", cfg.seed, e).sample(range(len(rows)), len(rows))]
+        batches = [order[i:i + cfg.sft_batch] for i in range(0, len(order), cfg.sft_batch)]
+        return state_of(fit(ref, *data.pad(rows, encoding.eot_token), batches, cfg.sft_lr))
+
+    ref.load_state_dict(stage("sft", key_of(cfg, SFT), train_sft))
+    ref.requires_grad_(False)
+    prompts = data.make_prompts(encoding, corpus[cfg.split][:cfg.eval_prompts], rng("judge", cfg.seed))
+    return Lab(cfg, stage, share, device, encoding, corpus, ref, tuple(p.to(device) for p in prompts))
+
+
+# ------------------------------------------------------------------------------------------- completions, labels, optimum
+def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
+    """Completions of `count` prompts by pi_ref, their true rewards and their reference log-probabilities, in shared parts."""
+    cfg = lab.cfg
+    prompts = data.make_prompts(lab.encoding, lab.corpus[split][:count], rng("prompts", split, seed))
+    parts = [tuple(p.to(lab.device) for p in part) for part in zip(*(p.chunk(8) for p in prompts))]
+
+    def make(i: int) -> dict[str, Tensor]:
+        generator = torch_rng("completions", split, seed, i, device=lab.device)
+        ids, mask = respond(lab.ref, parts[i], cfg.completions, cfg.max_tokens, lab.encoding.eot_token, generator)
+        with torch.no_grad():
+            ref = score_batches(lambda a, b: response_logp(lab.ref, a, b).sum(1), ids, mask)
+        return {"ids": ids.cpu(), "mask": mask.cpu(), "ref": ref.cpu(), "reward": lab.reward(ids, mask).cpu()}
+
+    key = key_of(cfg, COMPLETIONS, split, count, seed)
+    made = lab.share([(f"completions-{split}-seed{seed}-{i}", key, partial(make, i)) for i in range(len(parts))])
+    return {name: torch.cat([part[name] for part in made]) for name in made[0]}
+
+
+def label(lab: Lab, split: str, count: int, seed: int) -> Preferences:
+    """The completions of `count` prompts of a split, and all pairs of them, labelled."""
+    cfg, made = lab.cfg, complete(lab, split, count, seed)
+    winner, loser, _ = data.label_pairs(made["reward"].view(-1, cfg.completions), cfg.labels, cfg.tau, torch_rng("labels", seed))
+    return Preferences(made["ids"], made["mask"], made["ref"], winner, loser, cfg.completions)
+
+
+def optimum_of(lab: Lab) -> dict:
+    """The optimal frontier of the prompts that judge, from many responses of pi_ref to each; and pi_ref's own mean reward."""
+    cfg, parts = lab.cfg, list(zip(*(p.split(1) for p in lab.prompts)))
+
+    def make(i: int) -> Tensor:
+        generator = torch_rng("optimum", cfg.seed, i, device=lab.device)
+        return lab.reward(*respond(lab.ref, parts[i], cfg.optimum_samples, cfg.max_tokens, lab.encoding.eot_token, generator)).cpu()
+
+    key = key_of(cfg, SFT + " split eval_prompts optimum_samples")
+    reward = torch.stack(lab.share([(f"optimum-{i}", key, partial(make, i)) for i in range(len(parts))]))
+    return {**dpo.optimal_frontier(reward, torch.logspace(-3.5, 1.5, 400)), "ref_reward": reward.mean().item()}
+
+
+# -------------------------------------------------------------------------------------------------- the methods (Section 6)
+class Run(NamedTuple):
+    """One policy of the sweep."""
+    method: str
+    setting: float    # beta, alpha, target KL or, for Preferred-FT, the number of the run
+    seed: int
+
+
+def train_on_pairs(lab: Lab, policy: GPT, loss_function: Callable, run: Run) -> tuple[int, Iterator[dict]]:
+    """DPO, or any other loss on pairs (App. B): the number of steps, and the steps."""
+    cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, run.seed)
+    batches = [b for e in range(cfg.epochs) for b in data.prompt_order(pairs, cfg.batch_prompts, torch_rng("order", *run[1:], e))]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.)
+    decay = schedule(optimizer, len(batches))
+
+    def step(prompts: Tensor) -> dict[str, float]:
+        batch = data.prompt_batch(pairs, prompts)
+        ids, mask = batch.ids.to(lab.device), batch.mask.to(lab.device)
+        logp = response_logp(policy, ids, mask).sum(1)                                     # 4 forwards a prompt ...
+        pair = dpo.make_pairs(logp, batch.ref.to(lab.device), mask.sum(1), batch.winner.to(lab.device), batch.loser.to(lab.device))
+        loss = loss_function(pair, run.setting).mean()                                     # ... for 6 pairs
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+        margin = (pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)                   # nats; times beta: rhat_w - rhat_l
+        return {"loss": loss.item(), "logp_w": pair.logp_w.mean().item(), "logp_l": pair.logp_l.mean().item(),
+                "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()}
+
+    return len(batches), map(step, batches)
+
+
+def reward_model(lab: Lab, seed: int) -> dict:
+    """The learned reward, its accuracy, and the mean and deviation of its scores on responses of pi_ref."""
+    cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
+    held_out = label(lab, "validation", min(cfg.prompts // 8, len(lab.corpus["validation"])), seed)
+    epochs = [data.prompt_order(pairs, cfg.batch_prompts, torch_rng("reward model", seed, e)) for e in range(cfg.rm_epochs)]
+    model, accuracy, r = ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
+    return {"model": state_of(model), "accuracy": accuracy, "mean": r.mean().item(), "deviation": r.std().item()}
+
+
+def reward_model_job(lab: Lab, seed: int) -> tuple[str, str, Callable]:
+    return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed), \
+        partial(reward_model, lab, seed)
+
+
+def train_ppo(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
+    """PPO on the learned reward, PPO-GT on the true one: each with mean 0 and deviation 1 on responses of pi_ref."""
+    cfg = lab.cfg
+    if run.method == "ppo":
+        fitted, judge = lab.stage(*reward_model_job(lab, run.seed)), ppo.ScalarModel(lab.ref).to(lab.device)
+        judge.load_state_dict(fitted["model"])
+        reward, mean, deviation = partial(ppo.reward_of, judge), fitted["mean"], fitted["deviation"]
+    else:
+        made = complete(lab, "train", cfg.prompts, run.seed)["reward"]
+        reward, mean, deviation = lab.reward, made.mean().item(), made.std().item()
+    prompts = data.make_prompts(lab.encoding, lab.corpus["train"][:cfg.prompts], rng("prompts", "train", run.seed))
+    return cfg.ppo_steps, ppo.train_ppo(cfg, policy, lab.ref, tuple(p.to(lab.device) for p in prompts),
+                                        lambda ids, mask: (reward(ids, mask) - mean) / deviation, run.setting, lab.encoding.eot_token,
+                                        torch_rng(*run, device=lab.device))
+
+
+def judge(lab: Lab, policy: GPT, samples: int, *names) -> dict[str, float]:
+    """Reward and KL of a policy on the prompts that judge (plots/frontier.py)."""
+    return frontier.measure(policy, lab.ref, lab.prompts, samples, lab.cfg.max_tokens, lab.encoding.eot_token, lab.reward,
+                            torch_rng("judge", *names, device=lab.device))
+
+
+def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
+    """One run, judged on its way and at its end: {"rows", "policy", "failure"}. A number that is not finite ends it."""
+    cfg, policy, rows, since, seconds = lab.cfg, copy.deepcopy(lab.ref).requires_grad_(True), [], [], 0.
+    steps, log = train_on_pairs(lab, policy, loss, run) if loss else train_ppo(lab, policy, run)
+    start = time.perf_counter()
+    for step, values in enumerate(log, 1):
+        since.append(values)
+        seconds += time.perf_counter() - start
+        judged, last = {}, step == steps
+        if last or step % -(-steps // cfg.evaluations) == 0:
+            judged = judge(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
+            mean = {name: sum(s[name] for s in since) / len(since) for name in since[0]}
+        if wrong := [name for name, x in {**since[-1], **judged}.items() if not math.isfinite(x)]:
+            return {"rows": rows, "policy": {}, "failure": {**run._asdict(), "step": step, "not_finite": wrong}}
+        if judged:
+            rows.append({**run._asdict(), "step": step, "final": last, **judged, "seconds": seconds, **mean})
+            since = []
+            print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}: "
+                  + "  ".join(f"{name} {x:.3g}" for name, x in {**judged, **mean}.items() if name[-3:] != "_se"), flush=True)
+        start = time.perf_counter()
+    return {"rows": rows, "policy": state_of(policy), "failure": None}
+
+
+LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss}
+
+
+def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, Callable] = {}) -> list[tuple[str, str, Callable]]:
+    """The stages of the runs of some methods, each with its settings, for every seed."""
+    cfg, jobs = lab.cfg, []
+    for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
+        loss = {**LOSSES, **students}.get(run.method)
+        code = loss.__code__.co_filename if run.method in students else dpo.__file__ if loss else ppo.__file__
+        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code), run)
+        jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
+    return jobs
+
+
+# ---------------------------------------------------------------------------------------------------------- the experiment
+def experiment(cfg: Config, out: pathlib.Path, students: dict[str, Callable], device: str, rank: int, world: int) -> int:
+    """Section 6, in its order, as one of `world` workers. Returns the exit code: 1 where a run failed or a point cannot be."""
+    make = partial(stage, out)
+    lab = prepare(cfg, make, partial(share, make, rank=rank, world=world), device)
+    optimum = optimum_of(lab)
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    for seed in seeds:
+        pairs = label(lab, "train", cfg.prompts, seed)
+    baselines = sweep(lab, {"dpo": cfg.betas, "unlikelihood": cfg.alphas, "preferred_ft": range(cfg.preferred_runs),
+                            "ppo": cfg.kl_targets, "ppo_gt": cfg.kl_targets})
+    if students:
+        jobs = sweep(lab, {name: cfg.betas for name in students}, students)
+    else:
+        jobs = [reward_model_job(lab, seed) for seed in seeds] + baselines
+    path, start = (lambda job: out / f"{job[0]}.{job[1]}.pt"), time.time()
+    before = sum(path(job).exists() for job in jobs)
+
+    def report() -> None:
+        done, took = sum(path(job).exists() for job in jobs), (time.time() - start) / 60
+        print(f"[{done}/{len(jobs)} runs, {took:.1f} min, about {took / max(done - before, 1) * (len(jobs) - done):.1f} left]", flush=True)
+
+    done = [value for value in lab.share(jobs, report=report) if "rows" in value]
+    if rank:
+        return 0
+    if students:    # baselines are drawn if they are there, and never trained
+        done = [load_stage(path(job), job[1]) for job in baselines if path(job).exists()] + done
+    config = dataclasses.asdict(cfg)
+    sft = lab.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(judge, lab, lab.ref, cfg.eval_samples, "sft"))
+    rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
+    rows = [{**row, "config": config} for row in rows + [row for run in done for row in run["rows"]]]
+    return results.publish(out, rows, [run["failure"] for run in done if run["failure"]], optimum)
+
+
+def main() -> int:
+    try:
+        cfg, args = read_flags(sys.argv[1:])
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        device = args.device or there[0]
+        if device.split(":")[0] not in there:
+            raise UserError(f"--device {device} is not on this machine; there is {', '.join(there)}")
+        students = {name.rpartition(":")[2]: dpo.load_loss(name) for name in args.loss}
+        if taken := set(students) & {*STYLE, "best_of_n", "best_of_n_gt"}:
+            raise UserError(f"--loss: {', '.join(taken)} is the name of a method that is there; call yours something else")
+        out = pathlib.Path(args.out or f"runs/{args.preset}")
+        out.mkdir(parents=True, exist_ok=True)
+        if "RANK" not in os.environ:
+            return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
+        torch.set_num_threads(1)
+        return experiment(cfg, out, students, device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except (UserError, dpo.LossError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"train.py: cannot write or read {error.filename}: {error.strerror}; free it, or choose another --out", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
