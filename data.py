@@ -26,6 +26,10 @@ import torch
 from tiktoken._educational import bpe_train
 from torch import Tensor
 
+class UserError(Exception):
+    """Something that the user can mend; its text says what and how."""
+
+
 # ---------------------------------------------------------------------------------------------------------- the language
 # A domain is a subject with its openings (neutral, one word from each column) and the aspects one may have an opinion on.
 DOMAINS = {
@@ -139,7 +143,10 @@ PATTERN = r" ?\p{L}+| ?[^\s\p{L}]+|\s+"    # words with their leading space, pun
 
 def learn_ranks(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     """Byte-pair ranks learned from the texts; all tokens but one, which is kept for end-of-text. Seconds, so cache it."""
-    return bpe_train("\n".join(texts), vocab_size - 1, PATTERN, visualise=None)
+    try:
+        return bpe_train("\n".join(texts), vocab_size - 1, PATTERN, visualise=None)
+    except ValueError:    # there was nothing left to merge
+        raise UserError(f"the reviews have too few different words for {vocab_size} tokens; choose a smaller --vocab-size") from None
 
 
 def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
@@ -232,7 +239,9 @@ def prompt_order(data: Preferences, batch: int, generator: torch.Generator, wind
     """
     length = data.mask.sum(1).view(-1, data.k).amax(1)
     order = (data.winner // data.k).unique()
-    assert len(order), "there are no pairs: every completion of every prompt has the same reward"
+    if not len(order):
+        raise UserError("there is no pair to learn from: all completions of a prompt have the same reward; train pi_ref longer "
+                        "(--sft-epochs) or take more --prompts")
     order = order[torch.randperm(len(order), generator=generator)]
     batches = []
     for part in order.split(batch * window):
@@ -241,10 +250,6 @@ def prompt_order(data: Preferences, batch: int, generator: torch.Generator, wind
 
 
 # ----------------------------------------------------------------------- stages: files that are made once, by many workers
-class UserError(Exception):
-    """Something that the user can mend; its text says what and how."""
-
-
 def source(*files) -> str:
     """Hash of files' contents: who changes the code of a stage makes it anew."""
     return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
@@ -270,16 +275,19 @@ def stage(folder: pathlib.Path, name: str, key: str, make: Callable):
         value = load_stage(path, key)
         if value is None:
             value = make()
-            torch.save({"key": key, "value": value}, path.with_suffix(".partial"))
+            try:
+                torch.save({"key": key, "value": value}, path.with_suffix(".partial"))
+            except RuntimeError as error:    # torch's word for a full disk
+                raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from None
             os.replace(path.with_suffix(".partial"), path)
     return value
 
 
-def share(make: Callable, jobs: list[tuple[str, str, Callable]], rank: int, world: int, report: Callable = lambda: None) -> list:
+def share(make: Callable, jobs: list[tuple[str, str, Callable]], rank: int, world: int, report: Callable = lambda name: None) -> list:
     """Stages that do not need each other, divided over the workers; then all of them, whoever made them."""
     for job in jobs[rank::world]:
         make(*job)
-        report()
+        report(job[0])
     return [make(*job) for job in reversed(jobs)][::-1]    # from the end: what another worker comes to last
 
 

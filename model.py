@@ -87,6 +87,11 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids))
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, on the CPU: what is kept of a policy."""
+    return {name: p.detach().cpu() for name, p in model.state_dict().items()}
+
+
 # ----------------------------------------------------------------------------------------------------- log-probabilities
 def log_softmax(logits: Tensor) -> Tensor:
     """Over V, in float32 at least: a difference of log-probabilities in half precision is mostly rounding."""

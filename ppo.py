@@ -32,7 +32,7 @@ class ScalarModel(nn.Module):
     def __init__(self, gpt: GPT):
         super().__init__()
         self.gpt = copy.deepcopy(gpt).requires_grad_(True)    # the reference that it starts from is frozen
-        self.head = nn.Linear(gpt.config.width, 1)
+        self.head = nn.Linear(gpt.config.width, 1, device=gpt.token.weight.device, dtype=gpt.token.weight.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -172,7 +172,7 @@ def update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer, b
     advantages = whiten(advantages, batch.mask)
     # 4. clipped updates, each epoch in a new order.
     for _ in range(epochs):
-        for rows in torch.randperm(len(batch.ids), generator=generator).split(minibatch):
+        for rows in torch.randperm(len(batch.ids), generator=generator, device=batch.ids.device).split(minibatch):
             ids, mask = batch.ids[rows], batch.mask[rows]
             logp, value = response_logp(policy, ids, mask)[mask], values_of(critic, ids, mask)[mask]
             loss = policy_loss(logp, batch.logp[rows][mask], advantages[rows][mask]).mean() \

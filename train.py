@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ import data
 import dpo
 import ppo
 from data import Preferences, UserError, launch, load_stage, rng, share, source, stage, torch_rng
-from model import GPT, GPTConfig, fit, respond, response_logp, schedule, score_batches
+from model import GPT, GPTConfig, fit, respond, response_logp, schedule, score_batches, state_of
 from plots import STYLE, frontier, results
 
 VERSION = 1    # of what stages hold and how train.py makes it; a new number makes every stage anew
@@ -174,10 +175,6 @@ class Lab(NamedTuple):
         return data.true_reward(self.encoding, ids, mask)
 
 
-def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu() for name, p in model.state_dict().items()}
-
-
 def prepare(cfg: Config, stage: Callable, share: Callable, device: str) -> Lab:
     """Corpus, tokenizer, pi_ref, and the prompts that judge."""
     corpus = stage("corpus", key_of(cfg, CORPUS), partial(data.write_corpus, cfg.reviews, cfg.seed))
@@ -269,25 +266,23 @@ def train_on_pairs(lab: Lab, policy: GPT, loss_function: Callable, run: Run) -> 
     return len(batches), map(step, batches)
 
 
-def reward_model(lab: Lab, seed: int) -> dict:
-    """The learned reward, its accuracy, and the mean and deviation of its scores on responses of pi_ref."""
-    cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
-    held_out = label(lab, "validation", min(cfg.prompts // 8, len(lab.corpus["validation"])), seed)
-    epochs = [data.prompt_order(pairs, cfg.batch_prompts, torch_rng("reward model", seed, e)) for e in range(cfg.rm_epochs)]
-    model, accuracy, r = ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
-    return {"model": state_of(model), "accuracy": accuracy, "mean": r.mean().item(), "deviation": r.std().item()}
+def reward_model(lab: Lab, seed: int) -> tuple[str, str, Callable]:
+    """The stage of the learned reward: model, accuracy, and the mean and deviation of its scores on responses of pi_ref."""
+    def make() -> dict:
+        cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
+        held_out = label(lab, "validation", min(cfg.prompts // 8, len(lab.corpus["validation"])), seed)
+        epochs = [data.prompt_order(pairs, cfg.batch_prompts, torch_rng("reward model", seed, e)) for e in range(cfg.rm_epochs)]
+        model, accuracy, r = ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
+        return {"model": state_of(model), "accuracy": accuracy, "mean": r.mean().item(), "deviation": r.std().item()}
 
-
-def reward_model_job(lab: Lab, seed: int) -> tuple[str, str, Callable]:
-    return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed), \
-        partial(reward_model, lab, seed)
+    return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed), make
 
 
 def train_ppo(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
     """PPO on the learned reward, PPO-GT on the true one: each with mean 0 and deviation 1 on responses of pi_ref."""
     cfg = lab.cfg
     if run.method == "ppo":
-        fitted, judge = lab.stage(*reward_model_job(lab, run.seed)), ppo.ScalarModel(lab.ref).to(lab.device)
+        fitted, judge = lab.stage(*reward_model(lab, run.seed)), ppo.ScalarModel(lab.ref).to(lab.device)
         judge.load_state_dict(fitted["model"])
         reward, mean, deviation = partial(ppo.reward_of, judge), fitted["mean"], fitted["deviation"]
     else:
@@ -331,19 +326,19 @@ def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
 LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss}
 
 
-def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, Callable] = {}) -> list[tuple[str, str, Callable]]:
+def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[tuple[str, str, Callable]]:
     """The stages of the runs of some methods, each with its settings, for every seed."""
     cfg, jobs = lab.cfg, []
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
-        loss = {**LOSSES, **students}.get(run.method)
-        code = loss.__code__.co_filename if run.method in students else dpo.__file__ if loss else ppo.__file__
+        code, loss = students.get(run.method) or (dpo.__file__, LOSSES.get(run.method))
+        code = code if loss else ppo.__file__
         key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code), run)
         jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
 
 
 # ---------------------------------------------------------------------------------------------------------- the experiment
-def experiment(cfg: Config, out: pathlib.Path, students: dict[str, Callable], device: str, rank: int, world: int) -> int:
+def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], device: str, rank: int, world: int) -> int:
     """Section 6, in its order, as one of `world` workers. Returns the exit code: 1 where a run failed or a point cannot be."""
     make = partial(stage, out)
     lab = prepare(cfg, make, partial(share, make, rank=rank, world=world), device)
@@ -351,18 +346,21 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, Callable], de
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     for seed in seeds:
         pairs = label(lab, "train", cfg.prompts, seed)
+        if not rank:
+            results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs)
     baselines = sweep(lab, {"dpo": cfg.betas, "unlikelihood": cfg.alphas, "preferred_ft": range(cfg.preferred_runs),
                             "ppo": cfg.kl_targets, "ppo_gt": cfg.kl_targets})
     if students:
         jobs = sweep(lab, {name: cfg.betas for name in students}, students)
     else:
-        jobs = [reward_model_job(lab, seed) for seed in seeds] + baselines
+        jobs = [reward_model(lab, seed) for seed in seeds] + baselines
     path, start = (lambda job: out / f"{job[0]}.{job[1]}.pt"), time.time()
     before = sum(path(job).exists() for job in jobs)
 
-    def report() -> None:
+    def report(name: str) -> None:
         done, took = sum(path(job).exists() for job in jobs), (time.time() - start) / 60
-        print(f"[{done}/{len(jobs)} runs, {took:.1f} min, about {took / max(done - before, 1) * (len(jobs) - done):.1f} left]", flush=True)
+        left = took / max(done - before, 1) * (len(jobs) - done)
+        print(f"[{done}/{len(jobs)} done, {name} the last; {took:.1f} min, about {left:.1f} min left]", flush=True)
 
     done = [value for value in lab.share(jobs, report=report) if "rows" in value]
     if rank:
@@ -383,21 +381,24 @@ def main() -> int:
         device = args.device or there[0]
         if device.split(":")[0] not in there:
             raise UserError(f"--device {device} is not on this machine; there is {', '.join(there)}")
-        students = {name.rpartition(":")[2]: dpo.load_loss(name) for name in args.loss}
-        if taken := set(students) & {*STYLE, "best_of_n", "best_of_n_gt"}:
-            raise UserError(f"--loss: {', '.join(taken)} is the name of a method that is there; call yours something else")
+        students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
+        if len(students) < len(args.loss) or set(students) & {*STYLE, "best_of_n", "best_of_n_gt"}:
+            raise UserError(f"--loss: each needs a name of its own, and not that of a method that is there: {', '.join(students)}")
         out = pathlib.Path(args.out or f"runs/{args.preset}")
         out.mkdir(parents=True, exist_ok=True)
         if "RANK" not in os.environ:
             return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
         torch.set_num_threads(1)
+        if "PARENT" in os.environ:    # the end of its pipe is the end of the parent, and of this worker
+            threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
         return experiment(cfg, out, students, device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     except (UserError, dpo.LossError) as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:
         print(f"train.py: cannot write or read {error.filename}: {error.strerror}; free it, or choose another --out", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        if "RANK" not in os.environ:
+            print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 2
 

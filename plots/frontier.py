@@ -10,7 +10,7 @@ RIGHT = 10.     # nats shown; points beyond are drawn at the edge, with their KL
 
 def clustered(x: Tensor) -> tuple[float, float]:
     """Mean and its standard error over prompts: (X prompts, n samples) -> two numbers. Samples of a prompt are not independent."""
-    by_prompt = x.double().mean(1)
+    by_prompt = x.cpu().double().mean(1)
     return by_prompt.mean().item(), (by_prompt.std() / len(by_prompt) ** .5).item()
 
 
@@ -21,7 +21,7 @@ def measure(policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor], samples: int,
     r = reward(ids, mask).view(-1, samples)
     kl = score_batches(lambda a, b: response_kl(policy, ref, a, b), ids, mask).view(-1, samples)
     (mean_r, se_r), (mean_kl, se_kl) = clustered(r), clustered(kl)
-    return {"reward": mean_r, "reward_se": se_r, "kl": mean_kl, "kl_se": se_kl, "length": mask.sum(1).double().mean().item()}
+    return {"reward": mean_r, "reward_se": se_r, "kl": mean_kl, "kl_se": se_kl, "length": mask.sum(1).float().mean().item()}
 
 
 def draw_optimum(axis, optimum: dict) -> None:

@@ -4,6 +4,9 @@ import math
 import os
 import pathlib
 
+import torch
+
+import data
 import dpo
 from plots import SOLID, frontier
 
@@ -50,6 +53,19 @@ def write_lines(path: pathlib.Path, rows) -> None:
     """A row a line, as JSON, atomically."""
     path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(path.with_suffix(".partial"), path)
+
+
+def describe(path: pathlib.Path, encoding, pairs: data.Preferences) -> None:
+    """Writes the preferences as text, in the field's standard columns, and prints what pi_ref is like."""
+    texts = data.decode(encoding, pairs.ids, pairs.mask)
+    prompts = data.decode(encoding, pairs.ids, ~pairs.mask & (pairs.mask.flip(1).cumsum(1).flip(1) > 0))
+    write_lines(path, ({"prompt": prompts[w], "chosen": texts[w][len(prompts[w]):], "rejected": texts[l][len(prompts[l]):]}
+                       for w, l in zip(pairs.winner.tolist(), pairs.loser.tolist())))
+    reward, some = torch.tensor([data.sentiment(text) for text in texts]), texts[:1000]
+    all_pairs = len(texts) * (pairs.k - 1) // 2
+    print(f"pi_ref: {sum(map(data.is_grammatical, some)) / len(some):.1%} of {len(some):,} responses are grammatical, reward "
+          f"{reward.mean():.3f} +- {reward.std():.3f} (standard deviation); {len(pairs.winner):,} pairs, {all_pairs - len(pairs.winner):,} "
+          "ties dropped", flush=True)
 
 
 def publish(out: pathlib.Path, rows: list[dict], failures: list[dict], optimum: dict) -> int:

@@ -89,7 +89,7 @@ def test_six_pairs_by_index_equal_twelve_separate_forwards():
             logp = torch.log_softmax(gpt(text[None])[0], -1)
             alone.append(sum(logp[t - 1, text[t]].item() for t in range(len(world.PROMPTS[1]), len(text))))
     world.agree(torch.cat(pair[:4]), torch.tensor(alone, dtype=torch.float64),
-                "App. B: log pi(y|x) by index is not the response's own; are w and l, or pi and pi_ref, mixed up, or filler scored?")
+                "App. B: log pi(y|x) by index is not the response's own; are w and l, or pi and pi_ref, mixed up, filler scored?")
 
 
 def test_pairs_by_index_carry_the_lengths_of_their_responses():
