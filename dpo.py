@@ -88,7 +88,7 @@ def dpo_gradient_logits(logits: Tensor, ids: Tensor, mask: Tensor, coefficient: 
     d log p_i / d z_j = [i = j] - p_j, one term for each response token; 0 where no response token is predicted.
     """
     scored = mask[:, 1:, None]
-    probability = torch.softmax(logits[:, :-1].masked_fill(~scored, 0.), -1)                     # (B, T-1, V)
+    probability = torch.softmax(logits[:, :-1], -1)                                               # (B, T-1, V)
     onehot = F.one_hot(ids.masked_fill(~mask, 0)[:, 1:], logits.shape[-1])
     gradient = coefficient[:, None, None] * (onehot - probability)
     return F.pad(gradient.masked_fill(~scored, 0.), (0, 0, 0, 1))                                # the last logits predict nothing

@@ -201,7 +201,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
 
     Row b: its prompt from 0, its response right after (at most max_tokens, the end token included), then `end` as filler.
     All rows stand at the same position; while a row's prompt lasts, its next token is read from it rather than drawn, so
-    prompts of different lengths need no padding on the left. Temperature 0 is argmax.
+    prompts of different lengths need no padding on the left. Temperature 0 is argmax. T is about that of the longest row.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens
@@ -227,7 +227,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
         x, start = token[:, None], t
         if t % 4 == 0 and (keep := alive.nonzero().squeeze(1)).numel() < .8 * len(rows):
             if not len(keep):                                                    # rows that have ended leave the batch
-                break
+                return ids[:, :t + 1]
             rows, x, length, stop, alive = rows[keep], x[keep], length[keep], stop[keep], alive[keep]
             caches = [cache[:, keep] for cache in caches]
     return ids

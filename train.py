@@ -61,7 +61,7 @@ class Config:
                          choices=("deterministic", "bt"))
     tau: float = option(.1, "temperature of bt labels: P(1 beats 2) = sigma((r1 - r2) / tau)", 1e-6, 1e6)
     # DPO and the other losses on pairs (App. B)
-    betas: tuple[float, ...] = option((.5, 1., 2., 5.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
+    betas: tuple[float, ...] = option((.7, 1.5, 3., 5.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
     alphas: tuple[float, ...] = option((.05, .1, .5, 1.), "alpha of Unlikelihood, a list (the paper's)", 0, 1e6)
     preferred_runs: int = option(5, "runs of Preferred-FT, each in an order of its own", 0, 100)
     batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1, 10**5)
@@ -75,7 +75,7 @@ class Config:
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 10**6)
     ppo_minibatch: int = option(128, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(2, "passes over a batch", 1, 100)
-    ppo_lr: float = option(5e-4, "learning rate of policy and values, linear to 0", 1e-12, 10)
+    ppo_lr: float = option(7e-4, "learning rate of policy and values, linear to 0", 1e-12, 10)
     ppo_coefficient: float = option(.3, "price of a nat to start with, in standard deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1, 1e12)
     # evaluation
@@ -123,7 +123,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
                         help="train this loss over --betas instead of the sweep, beside the baselines that are there; repeatable")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--workers", type=int, choices=range(1, 65), metavar="N",
+    parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that share the sweep (default: one a core, at most 16; on a GPU 4)")
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
@@ -133,6 +133,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     cfg = dataclasses.replace(Config(**PRESETS[args.preset]), **given)
     for wrong, message in (
+            (args.workers is not None and not 1 <= args.workers <= 256, f"--workers must be from 1 to 256, not {args.workers}"),
             (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
             (cfg.prompts > .8 * cfg.reviews, f"--prompts {cfg.prompts} is more than 80% of --reviews {cfg.reviews}, the train reviews"),
             (cfg.eval_prompts > .1 * cfg.reviews,

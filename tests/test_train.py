@@ -1,0 +1,158 @@
+"""The experiment, end to end, in its tiny preset: what it writes, that it resumes, that it says what is wrong."""
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import train
+
+ROOT = pathlib.Path(train.__file__).parent
+COLUMNS = {"method", "setting", "seed", "step", "final", "reward", "reward_se", "kl", "kl_se", "optimal_reward", "share", "share_se",
+           "seconds", "config"}
+
+
+def run(out, *flags):
+    """`python train.py --preset tiny` as a user starts it, network switched off -> its exit code and what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PARENT")}
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--device", "cpu", "--out", str(out), *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    return done.returncode, done.stdout + done.stderr
+
+
+def rows(out):
+    """results.jsonl without what depends on the clock."""
+    read = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in read]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    code, printed = run(out, "--workers", 2)
+    assert code == 0, printed
+    return out, printed
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny[0], tmp_path / "run")
+
+
+def test_a_run_writes_results_optimum_preferences_figure_and_table(tiny):
+    """One row per evaluation with the columns that others rely on; one `sft` row; every run ends in a final row."""
+    out, printed = tiny
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert all(COLUMNS <= set(row) for row in found), f"columns missing: {COLUMNS - set(found[0])}"
+    assert [(r["step"], r["kl"], r["final"]) for r in found if r["method"] == "sft"] == [(0, 0., True)]
+    assert {(r["method"], r["setting"]) for r in found} == {(r["method"], r["setting"]) for r in found if r["final"]}
+    assert all(f"\n{method} " in printed for method in {r["method"] for r in found}), "the table lacks a method"
+    assert (out / "frontier.png").read_bytes()[1:4] == b"PNG"
+    assert {"prompt", "chosen", "rejected"} == set(json.loads((out / "preferences-seed0.jsonl").read_text().splitlines()[0]))
+
+
+def test_the_optimum_reaches_far_and_its_lists_belong_together(tiny):
+    optimum = json.loads((tiny[0] / "optimum.json").read_text())
+    lengths = {len(optimum[name]) for name in ("beta", "kl", "reward", "ess")}
+    assert len(lengths) == 1 and max(optimum["kl"]) >= 6, f"{lengths} entries, KL up to {max(optimum['kl']):.2f}: not 6"
+
+
+def test_a_finished_run_is_not_made_again(copy):
+    """Every stage is loaded, and the results are the same to the last digit."""
+    before, files = rows(copy), {path: path.stat().st_mtime_ns for path in copy.glob("*.pt")}
+    code, printed = run(copy)
+    assert code == 0 and rows(copy) == before, printed
+    assert {path: path.stat().st_mtime_ns for path in copy.glob("*.pt")} == files, "a stage that was there was written again"
+
+
+def test_results_do_not_depend_on_the_number_of_workers(copy):
+    """All runs of two workers, made again by one, from the same pi_ref: what a run draws depends on its own name alone."""
+    before = rows(copy)
+    for path in [*copy.glob("*-seed0.*.pt"), *copy.glob("completions*.pt")]:
+        path.unlink()
+    code, printed = run(copy, "--workers", 1)
+    assert code == 0 and rows(copy) == before, printed
+
+
+def test_an_unreadable_stage_is_named_and_made_again(copy):
+    before, victim = rows(copy), next(copy.glob("dpo-2-*.pt"))
+    victim.write_bytes(victim.read_bytes()[:1000])
+    code, printed = run(copy, "--workers", 1)
+    assert code == 0 and victim.name in printed and rows(copy) == before, printed
+
+
+def test_a_loss_of_ones_own_gets_its_curve_beside_the_baselines(copy, tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(pair, beta):\n    return (pair.logp_w - pair.logp_l - 1 / beta) ** 2\n")
+    before = rows(copy)
+    code, printed = run(copy, "--loss", f"{tmp_path}/mine.py:mine", "--betas", ".5,2")
+    after = rows(copy)
+    assert code == 0 and [r for r in after if r["method"] != "mine"] == before, printed
+    assert {r["setting"] for r in after if r["method"] == "mine" and r["final"]} == {.5, 2.}
+
+
+def test_a_loss_that_stops_being_finite_ends_its_own_run_alone(copy, tmp_path):
+    """The other setting's rows are kept, the failure is written down, and the exit code is 1."""
+    (tmp_path / "late.py").write_text("calls = []\ndef late(pair, beta):\n    calls.append(0)\n"
+                                      "    return pair.logp_w * (float('nan') if beta < 1 and len(calls) > 3 else -1.)\n")
+    code, printed = run(copy, "--loss", f"{tmp_path}/late.py:late", "--betas", ".5,2", "--workers", 2)
+    failures = [json.loads(line) for line in (copy / "failures.jsonl").read_text().splitlines()]
+    assert code == 1 and [(f["method"], f["setting"]) for f in failures] == [("late", .5)], printed
+    assert any(r["method"] == "late" and r["setting"] == 2. and r["final"] for r in rows(copy))
+
+
+BAD_LOSSES = {
+    "def f(pair, beta):\n    return (pair.logp_w - pair.logp_l).mean()": "shape",
+    "def f(pair, beta):\n    return pair.logp_w / 0 * float('nan')": "not finite",
+    "def f(pair, beta):\n    return pair.logq_w": "line 2",
+    "def f(pair, beta):\n    return 1.": "float",
+    "def f(pair, beta):\n    return pair.ref_w": "no gradient",
+    "def g(pair, beta):\n    return pair.logp_w": "no function f",
+    "def f(pair, beta:\n    return pair.logp_w": "line 1",
+    "def f(pair):\n    return pair.logp_w": "TypeError",
+    "import nothing_like_this\ndef f(pair, beta):\n    return pair.logp_w": "line 1",
+}
+
+
+def refused(capsys, monkeypatch, tmp_path, *flags):
+    """What train.py says, in one line, about flags that it cannot take; it must exit with 2 and train nothing."""
+    monkeypatch.setattr(train, "launch", lambda workers: pytest.fail("it was launched"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "tiny", "--out", str(tmp_path / "out"), *flags])
+    assert train.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said, said
+    return said
+
+
+@pytest.mark.parametrize("code", BAD_LOSSES)
+def test_a_loss_that_cannot_be_used_is_refused_in_one_sentence(code, capsys, monkeypatch, tmp_path):
+    (tmp_path / "bad.py").write_text(code + "\n")
+    said = refused(capsys, monkeypatch, tmp_path, "--loss", f"{tmp_path}/bad.py:f")
+    assert BAD_LOSSES[code] in said and "bad.py" in said, said
+
+
+BAD_FLAGS = ["--betas=", "--betas=0", "--betas=-1", "--betas=nan", "--betas=1,1", "--betas=a", "--betas=1e999", "--seeds=0", "--seeds=1.5",
+             "--layers=-1", "--lr=inf", "--lr=0", "--tau=-0.1", "--labels=maybe", "--split=train", "--prompts=9999999",
+             "--eval-prompts=100000", "--ppo-batch=3", "--device=tpu", "--nothing=1", "--preset=huge", "--workers=0", "--workers=x",
+             "--loss=nofile.py:f", "--loss=plain", "--loss=", "--heads=3", "--vocab-size=10", "--max-tokens=\u0663\u0664x", "stray"]
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_a_flag_that_cannot_be_is_refused_in_one_sentence(flag, capsys, monkeypatch, tmp_path):
+    flags = [flag, "--width=32"] if flag == "--heads=3" else [flag]
+    assert flag.split("=")[0].lstrip("-").replace("-", "") in refused(capsys, monkeypatch, tmp_path, *flags).replace("-", "")
+
+
+def test_every_field_of_the_configuration_is_read():
+    """A flag that nothing reads would lie."""
+    code = "".join((ROOT / name).read_text() for name in ("train.py", "ppo.py"))
+    unread = [name for name in train.Config.__dataclass_fields__ if f"cfg.{name}" not in code]
+    assert not unread, f"nothing reads {unread}"
+
+
+def test_the_presets_are_valid():
+    for name in train.PRESETS:
+        cfg, _ = train.read_flags(["--preset", name])
+        assert cfg.prompts > 0
