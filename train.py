@@ -1,8 +1,7 @@
 """The experiment of Section 6: corpus, SFT, completions, labels, reward model, the sweep, evaluation, plot.   python train.py
 
-Everything is made in stages. A stage is a file, named by a hash of all that determines it, that is loaded if it is there and
-made if it is not; so a stopped run goes on where it was, a new loss reuses the baselines, and workers share the sweep.
-`python train.py --help` lists every number that can be changed, with its meaning.
+Everything is made in stages: files named by a hash of all that determines them, loaded if they are there and made if not. So a
+stopped run goes on where it was, a new loss reuses the baselines, and workers share the sweep. `--help` lists every number.
 """
 import argparse
 import copy
@@ -15,7 +14,6 @@ import pathlib
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
 
@@ -37,7 +35,7 @@ def option(default, meaning: str, low: float = 0, high: float = math.inf, choice
     return dataclasses.field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = option(0, "seed of the corpus and of pi_ref, and the first of the experiments' seeds")
     seeds: int = option(1, "experiments, each with its own preferences, reward model and policies", 1, 100)
@@ -94,6 +92,10 @@ PRESETS = {
 }
 
 
+def refuse(message: str):
+    raise UserError(message)
+
+
 def parse(flag: str, f: dataclasses.Field, text: str):
     """A flag's text as its field's type, within its bounds. Raises UserError."""
     kind, m = type(f.default[0] if isinstance(f.default, tuple) else f.default), f.metadata
@@ -110,14 +112,10 @@ def parse(flag: str, f: dataclasses.Field, text: str):
     return tuple(values) if isinstance(f.default, tuple) else values[0]
 
 
-def refuse(message: str):
-    raise UserError(f"{message}; see python train.py --help")
-
-
 def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The command line: every field of Config is a flag. Raises UserError, in one sentence, for a value that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
+    parser.error = lambda message: refuse(f"{message}; see python train.py --help")
     parser.add_argument("--preset", default="default", choices=PRESETS, help="sizes to start from; other flags override them")
     parser.add_argument("--out", help="folder for all that is written (default runs/PRESET)")
     parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
@@ -133,18 +131,17 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     cfg = dataclasses.replace(Config(**PRESETS[args.preset]), **given)
     for wrong, message in (
-            (args.workers is not None and not 1 <= args.workers <= 256, f"--workers must be from 1 to 256, not {args.workers}"),
+            (args.workers is not None and not 0 < args.workers < 257, f"--workers must be from 1 to 256, not {args.workers}"),
             (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
             (cfg.prompts > .8 * cfg.reviews, f"--prompts {cfg.prompts} is more than 80% of --reviews {cfg.reviews}, the train reviews"),
-            (cfg.eval_prompts > .1 * cfg.reviews,
-             f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews {cfg.reviews}, the held-out reviews"),
+            (cfg.eval_prompts > .1 * cfg.reviews, f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews {cfg.reviews}"),
             (cfg.ppo_batch % cfg.completions, f"--ppo-batch {cfg.ppo_batch} is not a multiple of --completions {cfg.completions}")):
         if wrong:
-            raise UserError(message)
+            refuse(message)
     return cfg, args
 
 
-# ------------------------------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------------------ corpus and SFT (App. C.1)
 def key_of(cfg: Config, fields: str, *more) -> str:
     """Hash of all that determines a stage: the fields named, its parents' included, the code, and anything more."""
     values = {name: getattr(cfg, name) for name in fields.split()}
@@ -152,7 +149,6 @@ def key_of(cfg: Config, fields: str, *more) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------------ corpus and SFT (App. C.1)
 CORPUS = "seed reviews vocab_size"
 SFT = CORPUS + " layers heads width max_tokens sft_epochs sft_batch sft_lr"
 COMPLETIONS = SFT + " prompts completions"
@@ -331,8 +327,7 @@ def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, C
     """The stages of the runs of some methods, each with its settings, for every seed."""
     cfg, jobs = lab.cfg, []
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
-        code, loss = students.get(run.method) or (dpo.__file__, LOSSES.get(run.method))
-        code = code if loss else ppo.__file__
+        code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
         key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code), run)
         jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
@@ -351,10 +346,7 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Ca
             results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs)
     baselines = sweep(lab, {"dpo": cfg.betas, "unlikelihood": cfg.alphas, "preferred_ft": range(cfg.preferred_runs),
                             "ppo": cfg.kl_targets, "ppo_gt": cfg.kl_targets})
-    if students:
-        jobs = sweep(lab, {name: cfg.betas for name in students}, students)
-    else:
-        jobs = [reward_model(lab, seed) for seed in seeds] + baselines
+    jobs = sweep(lab, {name: cfg.betas for name in students}, students) or [reward_model(lab, seed) for seed in seeds] + baselines
     path, start = (lambda job: out / f"{job[0]}.{job[1]}.pt"), time.time()
     before = sum(path(job).exists() for job in jobs)
 
