@@ -19,6 +19,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from typing import Callable, NamedTuple
 
 import tiktoken
@@ -291,10 +292,16 @@ def share(make: Callable, jobs: list[tuple[str, str, Callable]], rank: int, worl
     return [make(*job) for job in reversed(jobs)][::-1]    # from the end: what another worker comes to last
 
 
+def end_with_parent() -> None:
+    """In a process that `launch` started: the end of its pipe is the end of the parent, however it came, and so its own."""
+    if "PARENT" in os.environ:
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+
+
 def launch(workers: int) -> int:
     """This command again as `workers` processes of one thread each, as torchrun would start them; their worst exit code."""
     # glibc hands freed memory back and faults it in again, a third of the time of a small model's step, unless told to keep it.
-    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32), "OMP_NUM_THREADS": "1"}
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "1"}
     children = [subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE,
                                  env={**os.environ, **keep, "RANK": str(rank), "WORLD_SIZE": str(workers), "PARENT": "train.py"})
                 for rank in range(workers)]

@@ -87,6 +87,7 @@ def dpo_gradient_logits(logits: Tensor, ids: Tensor, mask: Tensor, coefficient: 
     logits (B, T, V), ids (B, T), mask (B, T), coefficient = dL/dlog pi(y|x) (B,) -> (B, T, V). By hand through log-softmax,
     d log p_i / d z_j = [i = j] - p_j, one term for each response token; 0 where no response token is predicted.
     """
+    mask = mask.bool()
     scored = mask[:, 1:, None]
     probability = torch.softmax(logits[:, :-1], -1)                                               # (B, T-1, V)
     onehot = F.one_hot(ids.masked_fill(~mask, 0)[:, 1:], logits.shape[-1])
@@ -172,26 +173,30 @@ def load_loss(name: str) -> Callable[[Pair, float], Tensor]:
     if not path or not pathlib.Path(path).is_file():
         raise LossError(f"--loss {name}: there is no file {path or name!r}; write FILE.py:FUNCTION")
     try:
-        loss = runpy.run_path(path).get(function)
+        written = runpy.run_path(path).get(function)
     except Exception as error:    # whatever a student's file may raise
         raise LossError(f"--loss {name}: {path}, line {line_of(error, path)}: {type(error).__name__}: {error}") from None
-    if not callable(loss):
+    if not callable(written):
         raise LossError(f"--loss {name}: {path} has no function {function}")
-    try_loss(name, path, function, loss)
+
+    def loss(pair: Pair, beta: float) -> Tensor:
+        try:
+            return written(pair, beta)
+        except Exception as error:
+            raise LossError(f"--loss {name}: {function} raised {type(error).__name__} in {path}, line {line_of(error, path)}: "
+                            f"{error}") from None
+
+    line = written.__code__.co_firstlineno if hasattr(written, "__code__") else "?"
+    try_loss(loss, f"--loss {name}: {function} ({path}, line {line})")
     return loss
 
 
-def try_loss(name: str, path: str, function: str, loss: Callable, beta: float = .5) -> None:
+def try_loss(loss: Callable, where: str, beta: float = .5) -> None:
     """One call on ordinary pairs before anything is trained: shape, finiteness, a gradient. Raises LossError."""
     logp_w = torch.tensor([-20., -31., -25., -44., -28.], requires_grad=True)
     logp_l = torch.tensor([-22., -29., -40., -43., -26.], requires_grad=True)
     pair = Pair(logp_w, logp_l, logp_w.detach() - 1., logp_l.detach() + .5, torch.arange(20, 25), torch.arange(24, 29))
-    try:
-        value = loss(pair, beta)
-    except Exception as error:
-        raise LossError(f"--loss {name}: {function} raised {type(error).__name__} in {path}, line {line_of(error, path)}: {error}") \
-            from None
-    where = f"--loss {name}: {function} ({path}, line {loss.__code__.co_firstlineno if hasattr(loss, '__code__') else '?'})"
+    value = loss(pair, beta)
     if not isinstance(value, Tensor) or value.shape != (5,):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise LossError(f"{where} must return one loss for each of the B pairs, of shape (B,), here (5,), but gave {got}; "

@@ -112,13 +112,14 @@ def sequence_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
     A sum, not a mean: pi(y | x) is the product of its tokens' probabilities. What the mask leaves out is never read.
     """
+    mask = mask.bool()
     read = F.pad(mask[:, 1:], (0, 1))[..., None]                       # position t-1 is read where ids[t] is scored
     logp = token_logp(logits.masked_fill(~read, 0.), ids.masked_fill(~mask, 0))
     return logp.masked_fill(~mask[:, 1:], 0.).sum(1)
 
 
 def response_logits(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits that predict the M response tokens, row after row: ids (B, T), mask (B, T) -> (M, V).
+    """The logits that predict the M response tokens (from one position before, see `token_logp`), row after row -> (M, V).
 
     The output matrix is a third of a small model's arithmetic; here it meets neither prompts nor filler.
     """
@@ -148,7 +149,7 @@ def sequence_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     Its mean over y ~ pi is the sequence KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)], as is that of the sampled
     log-ratio, but with less variance (the step's own token is integrated out).
     """
-    read = F.pad(mask[:, 1:], (0, 1))[..., None]
+    read = F.pad(mask[:, 1:].bool(), (0, 1))[..., None]
     return token_kl(logits.masked_fill(~read, 0.), ref_logits.masked_fill(~read, 0.)).sum(1)    # 0 where not read
 
 
@@ -218,7 +219,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     alive = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(first, T):
         hidden = model.hidden(x, caches, start)[:, -1]                           # (rows, W)
-        u = torch.rand(B, generator=generator, device=device)[rows]              # a row's draws do not depend on the others
+        u = torch.rand(B, generator=generator, device=device)[rows]              # whichever rows have left the batch
         token = draw(model.logits(hidden), temperature, u)
         writing = alive & (t >= length)
         token = torch.where(writing, token, ids[rows, t])                        # a prompt's token, or filler

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Preferences, prompt_batch
+from data import Preferences, UserError, prompt_batch
 from model import GPT, response_logp, response_mask, sample, schedule, score_batches
 
 
@@ -61,6 +61,8 @@ def train_reward_model(cfg, ref: GPT, pairs: Preferences, held_out: Preferences,
     `batches` are epochs of batches of prompts; cfg.rm_lr is the peak learning rate. Returns the model, its
     accuracy and its rewards of the held-out completions (C,).
     """
+    if not len(held_out.winner):
+        raise UserError("no two held-out completions differ in reward, so the reward model cannot be judged: take more --prompts")
     model = ScalarModel(ref)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, weight_decay=0.)
     decay, best, kept = schedule(optimizer, sum(map(len, batches))), -1., None
@@ -101,7 +103,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        real = mask[:, t]
+        real = mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(real, delta + gamma * lam * next_advantage, next_advantage)
         next_value = torch.where(real, values[:, t], next_value)

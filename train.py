@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import sys
-import threading
 import time
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
@@ -23,7 +22,7 @@ from torch import Tensor
 import data
 import dpo
 import ppo
-from data import Preferences, UserError, launch, load_stage, rng, share, source, stage, torch_rng
+from data import Preferences, UserError, end_with_parent, launch, load_stage, rng, share, source, stage, torch_rng
 from model import GPT, GPTConfig, fit, respond, response_logp, schedule, score_batches, state_of
 from plots import STYLE, frontier, results
 
@@ -70,17 +69,17 @@ class Config:
     rm_lr: float = option(1e-3, "peak learning rate of the reward model", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
     ppo_steps: int = option(80, "batches of episodes", 1, 10**6)
-    ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 10**6)
+    ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(128, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(2, "passes over a batch", 1, 100)
     ppo_lr: float = option(7e-4, "learning rate of policy and values, linear to 0", 1e-12, 10)
     ppo_coefficient: float = option(.3, "price of a nat to start with, in standard deviations of the reward", 1e-9, 1e6)
-    ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1, 1e12)
+    ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts that judge every policy, and the optimum", 2, 10**5)
     eval_samples: int = option(16, "responses to each, for a finished policy", 1, 10**4)
     evaluations: int = option(8, "evaluations of a run, the last of them of the finished policy", 1, 1000)
-    optimum_samples: int = option(1024, "responses of pi_ref to each, for the optimum", 2, 10**6)
+    optimum_samples: int = option(1024, "responses of pi_ref to each, for the optimum", 512, 10**6)
 
 
 PRESETS = {
@@ -88,12 +87,9 @@ PRESETS = {
     "paper": dict(prompts=25_000, optimum_samples=16_384),
     "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
                  betas=(.5, 2.), alphas=(.1,), preferred_runs=1, batch_prompts=8, rm_epochs=1, kl_targets=(1.,), ppo_steps=2,
-                 ppo_batch=16, ppo_minibatch=8, ppo_epochs=1, eval_prompts=4, eval_samples=4, evaluations=2),
+                 ppo_batch=16, ppo_minibatch=8, ppo_epochs=1, eval_prompts=12, eval_samples=4, evaluations=2,
+                 optimum_samples=640),
 }
-
-
-def refuse(message: str):
-    raise UserError(message)
 
 
 def parse(flag: str, f: dataclasses.Field, text: str):
@@ -115,7 +111,7 @@ def parse(flag: str, f: dataclasses.Field, text: str):
 def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The command line: every field of Config is a flag. Raises UserError, in one sentence, for a value that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: refuse(f"{message}; see python train.py --help")
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python train.py --help"))    # no lambda can raise
     parser.add_argument("--preset", default="default", choices=PRESETS, help="sizes to start from; other flags override them")
     parser.add_argument("--out", help="folder for all that is written (default runs/PRESET)")
     parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
@@ -137,7 +133,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             (cfg.eval_prompts > .1 * cfg.reviews, f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews {cfg.reviews}"),
             (cfg.ppo_batch % cfg.completions, f"--ppo-batch {cfg.ppo_batch} is not a multiple of --completions {cfg.completions}")):
         if wrong:
-            refuse(message)
+            raise UserError(message)
     return cfg, args
 
 
@@ -214,7 +210,7 @@ def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
 def label(lab: Lab, split: str, count: int, seed: int) -> Preferences:
     """The completions of `count` prompts of a split, and all pairs of them, labelled."""
     cfg, made = lab.cfg, complete(lab, split, count, seed)
-    winner, loser, _ = data.label_pairs(made["reward"].view(-1, cfg.completions), cfg.labels, cfg.tau, torch_rng("labels", seed))
+    winner, loser, _ = data.label_pairs(made["reward"].view(-1, cfg.completions), cfg.labels, cfg.tau, torch_rng("labels", split, seed))
     return Preferences(made["ids"], made["mask"], made["ref"], winner, loser, cfg.completions)
 
 
@@ -267,7 +263,7 @@ def reward_model(lab: Lab, seed: int) -> tuple[str, str, Callable]:
     """The stage of the learned reward: model, accuracy, and the mean and deviation of its scores on responses of pi_ref."""
     def make() -> dict:
         cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
-        held_out = label(lab, "validation", min(cfg.prompts // 8, len(lab.corpus["validation"])), seed)
+        held_out = label(lab, "validation", min(-(-cfg.prompts // 8), len(lab.corpus["validation"])), seed)
         epochs = [data.prompt_order(pairs, cfg.batch_prompts, torch_rng("reward model", seed, e)) for e in range(cfg.rm_epochs)]
         model, accuracy, r = ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
         return {"model": state_of(model), "accuracy": accuracy, "mean": r.mean().item(), "deviation": r.std().item()}
@@ -298,25 +294,28 @@ def judge(lab: Lab, policy: GPT, samples: int, *names) -> dict[str, float]:
 
 
 def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
-    """One run, judged on its way and at its end: {"rows", "policy", "failure"}. A number that is not finite ends it."""
-    cfg, policy, rows, since, seconds = lab.cfg, copy.deepcopy(lab.ref).requires_grad_(True), [], [], 0.
+    """One run, judged on its way and at its end: {"rows", "policy", "failure"}; a NaN or an error in a student's loss ends it alone."""
+    cfg, policy, rows, since, seconds, step = lab.cfg, copy.deepcopy(lab.ref).requires_grad_(True), [], [], 0., 0
     steps, log = train_on_pairs(lab, policy, loss, run) if loss else train_ppo(lab, policy, run)
     start = time.perf_counter()
-    for step, values in enumerate(log, 1):
-        since.append(values)
-        seconds += time.perf_counter() - start
-        judged, last = {}, step == steps
-        if last or step % -(-steps // cfg.evaluations) == 0:
-            judged = judge(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
-            mean = {name: sum(s[name] for s in since) / len(since) for name in since[0]}
-        if wrong := [name for name, x in {**since[-1], **judged}.items() if not math.isfinite(x)]:
-            return {"rows": rows, "policy": {}, "failure": {**run._asdict(), "step": step, "not_finite": wrong}}
-        if judged:
-            rows.append({**run._asdict(), "step": step, "final": last, **judged, "seconds": seconds, **mean})
-            since = []
-            print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}: "
-                  + "  ".join(f"{name} {x:.3g}" for name, x in {**judged, **mean}.items() if name[-3:] != "_se"), flush=True)
-        start = time.perf_counter()
+    try:
+        for step, values in enumerate(log, 1):
+            since.append(values)
+            seconds += time.perf_counter() - start
+            judged, last = {}, step == steps
+            if last or step % -(-steps // cfg.evaluations) == 0:
+                judged = judge(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
+                mean = {name: sum(s[name] for s in since) / len(since) for name in since[0]}    # over the steps since the last row
+            if wrong := [name for name, x in {**values, **judged}.items() if not math.isfinite(x)]:
+                raise FloatingPointError(f"{', '.join(wrong)} not finite")
+            if judged:
+                rows.append({**run._asdict(), "step": step, "final": last, **judged, "seconds": seconds, **mean})
+                since = []
+                print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}: "
+                      + "  ".join(f"{name} {x:.3g}" for name, x in {**judged, **mean}.items() if name[-3:] != "_se"), flush=True)
+            start = time.perf_counter()
+    except (FloatingPointError, dpo.LossError) as error:
+        return {"rows": rows, "policy": {}, "failure": {**run._asdict(), "step": step, "reason": str(error)}}
     return {"rows": rows, "policy": state_of(policy), "failure": None}
 
 
@@ -328,7 +327,7 @@ def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, C
     cfg, jobs = lab.cfg, []
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
         code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
-        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code), run)
+        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, __file__, frontier.__file__), run)
         jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
 
@@ -343,10 +342,11 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Ca
     for seed in seeds:
         pairs = label(lab, "train", cfg.prompts, seed)
         if not rank:
-            results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs)
-    baselines = sweep(lab, {"dpo": cfg.betas, "unlikelihood": cfg.alphas, "preferred_ft": range(cfg.preferred_runs),
-                            "ppo": cfg.kl_targets, "ppo_gt": cfg.kl_targets})
-    jobs = sweep(lab, {name: cfg.betas for name in students}, students) or [reward_model(lab, seed) for seed in seeds] + baselines
+            results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs, lab.prompts)
+    baselines = {"ppo_gt": cfg.kl_targets, "ppo": cfg.kl_targets, "dpo": cfg.betas, "unlikelihood": cfg.alphas,    # the longest first
+                 "preferred_ft": range(cfg.preferred_runs)}
+    jobs = sweep(lab, {name: cfg.betas for name in students}, students) or [reward_model(lab, seed) for seed in seeds] \
+        + sweep(lab, baselines)
     path, start = (lambda job: out / f"{job[0]}.{job[1]}.pt"), time.time()
     before = sum(path(job).exists() for job in jobs)
 
@@ -358,20 +358,20 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Ca
     done = [value for value in lab.share(jobs, report=report) if "rows" in value]
     if rank:
         return 0
-    if students:    # baselines are drawn if they are there, and never trained
-        done = [load_stage(path(job), job[1]) for job in baselines if path(job).exists()] + done
-    config = dataclasses.asdict(cfg)
+    if students:    # baselines are drawn if they are there, whatever their settings, and never trained
+        there = [load_stage(path(job), job[1]) for job in sweep(lab, results.trained(out, baselines)) if path(job).exists()]
+        done = [run for run in there if run] + done
     sft = lab.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(judge, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
-    rows = [{**row, "config": config} for row in rows + [row for run in done for row in run["rows"]]]
-    return results.publish(out, rows, [run["failure"] for run in done if run["failure"]], optimum)
+    return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg))
 
 
 def main() -> int:
     try:
         cfg, args = read_flags(sys.argv[1:])
         there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-        device = args.device or there[0]
+        mine = f":{os.environ['LOCAL_RANK']}" if there[0] == "cuda" and "LOCAL_RANK" in os.environ else ""    # torchrun: a GPU each
+        device = args.device or there[0] + mine
         if device.split(":")[0] not in there:
             raise UserError(f"--device {device} is not on this machine; there is {', '.join(there)}")
         students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
@@ -382,8 +382,7 @@ def main() -> int:
         if "RANK" not in os.environ:
             return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
         torch.set_num_threads(1)
-        if "PARENT" in os.environ:    # the end of its pipe is the end of the parent, and of this worker
-            threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+        end_with_parent()
         return experiment(cfg, out, students, device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     except (UserError, dpo.LossError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ from torch import Tensor
 from model import GPT, respond, response_kl, score_batches
 from plots import SOLID, plt, redraw, style
 
-RIGHT = 10.     # nats shown; points beyond are drawn at the edge, with their KL beside them
+RIGHT = 10.     # nats shown; finished policies beyond are drawn at the edge, with their KL beside them
 
 
 def clustered(x: Tensor) -> tuple[float, float]:
@@ -48,15 +48,16 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
                       xerr=[r["kl_se"] if r["kl"] <= RIGHT else 0. for r in final], yerr=[r["reward_se"] for r in final],
                       fmt=marker, color=colour, ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1,
                       label=label, zorder=4, clip_on=False)
-    beyond = sorted((r["reward"], r["kl"]) for r in rows if r["final"] and r["kl"] > RIGHT)
-    for reward, kl in beyond:
-        axis.annotate(f"KL {kl:.0f} \u2192", (RIGHT, reward), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
+    height = 0.
+    for reward, kl in sorted((r["reward"], r["kl"]) for r in rows if r["final"] and r["kl"] > RIGHT):
+        height = max(reward, height + .025)    # labels of neighbours stand above each other
+        axis.annotate(f"KL {kl:.0f} \u2192", (RIGHT, height), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
     bottom = min([row["reward"] for row in rows if row["kl"] <= RIGHT or row["final"]])
     axis.set(xlim=(-.2, RIGHT), ylim=(min(.45, bottom - .03), 1.02), xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats",
              ylabel="true reward (probability of positive sentiment)")
     axis.xaxis.label.set_size(12), axis.yaxis.label.set_size(12)
     axis.grid(alpha=.25)
-    axis.legend(loc="lower right", fontsize=11, framealpha=.95)
+    axis.legend(loc="lower right", bbox_to_anchor=(.86, .01), fontsize=11, framealpha=.95)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

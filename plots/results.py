@@ -3,12 +3,13 @@ import json
 import math
 import os
 import pathlib
+import re
 
 import torch
 
 import data
 import dpo
-from plots import SOLID, frontier
+from plots import SOLID, frontier, style
 
 
 def add_shares(rows: list[dict], optimum: dict) -> None:
@@ -31,7 +32,7 @@ def impossible(rows: list[dict], optimum: dict) -> list[dict]:
     """Rows above the optimum, where it is solid, by more than 4 standard errors: by Eq. 4 each is a bug, not a discovery."""
     solid = max((kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= SOLID), default=0.)
     found = []
-    for row in rows:
+    for row in (row for row in rows if row["optimal_reward"] is not None):
         best, slope, se = dpo.optimal_reward(row["kl"], optimum)
         noise = math.hypot(row["reward_se"], slope * row["kl_se"], se)
         if row["kl"] <= solid and row["reward"] - best > 4 * noise:
@@ -49,27 +50,38 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def trained(out: pathlib.Path, methods) -> dict[str, list[float]]:
+    """The settings at which each method's runs lie in a folder: the file of a run is method-setting-seedN.key.pt."""
+    files = [path.name for path in out.glob("*-seed*.pt")]
+    return {m: sorted({float(x[1]) for f in files if (x := re.match(rf"{m}-([^-]+(?:e-\d+)?)-seed\d+\.", f))}) for m in methods}
+
+
 def write_lines(path: pathlib.Path, rows) -> None:
     """A row a line, as JSON, atomically."""
     path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(path.with_suffix(".partial"), path)
 
 
-def describe(path: pathlib.Path, encoding, pairs: data.Preferences) -> None:
+def describe(path: pathlib.Path, encoding, pairs: data.Preferences, judges: tuple) -> None:
     """Writes the preferences as text, in the field's standard columns, and prints what pi_ref is like."""
     texts = data.decode(encoding, pairs.ids, pairs.mask)
     prompts = data.decode(encoding, pairs.ids, ~pairs.mask & (pairs.mask.flip(1).cumsum(1).flip(1) > 0))
     write_lines(path, ({"prompt": prompts[w], "chosen": texts[w][len(prompts[w]):], "rejected": texts[l][len(prompts[l]):]}
                        for w, l in zip(pairs.winner.tolist(), pairs.loser.tolist())))
     reward, some = torch.tensor([data.sentiment(text) for text in texts]), texts[:1000]
-    all_pairs = len(texts) * (pairs.k - 1) // 2
+    all_pairs, begun = len(texts) * (pairs.k - 1) // 2, set(prompts)
+    again = sum(encoding.decode(row[:n]) in begun for row, n in zip(*(x.tolist() for x in judges))) / len(judges[0])
     print(f"pi_ref: {sum(map(data.is_grammatical, some)) / len(some):.1%} of {len(some):,} responses are grammatical, reward "
           f"{reward.mean():.3f} +- {reward.std():.3f} (standard deviation); {len(pairs.winner):,} pairs, {all_pairs - len(pairs.winner):,} "
-          "ties dropped", flush=True)
+          f"ties dropped; {again:.0%} of the prompts that judge (prefixes of other reviews) are word for word prompts of the pairs too", flush=True)
 
 
-def publish(out: pathlib.Path, rows: list[dict], failures: list[dict], optimum: dict) -> int:
-    """Write and draw all; print the table and whatever is wrong. Returns the exit code: 1 if anything is."""
+def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict) -> int:
+    """Write and draw all, the rows given and those of the runs; print the table and whatever is wrong. Returns the exit code."""
+    rows = [{**row, "config": config} for row in rows + [row for run in runs for row in run["rows"]]]
+    order = list(style(row["method"] for row in rows))
+    rows.sort(key=lambda row: order.index(row["method"]))
+    failures = [run["failure"] for run in runs if run["failure"]]
     add_shares(rows, optimum)
     write_lines(out / "results.jsonl", rows)
     write_lines(out / "failures.jsonl", failures)
@@ -77,7 +89,7 @@ def publish(out: pathlib.Path, rows: list[dict], failures: list[dict], optimum: 
     frontier.draw(rows, optimum, out / "frontier.png")
     print(table(rows))
     for failure in failures:
-        print("FAILED: {method} {setting:g} seed {seed} at step {step}: {not_finite} not finite; its earlier rows are kept".format(**failure))
+        print("FAILED: {method} {setting:g} seed {seed} at step {step}, its rows up to there are kept: {reason}".format(**failure))
     wrong = impossible(rows, optimum)
     for row in wrong:
         print("IMPOSSIBLE: {method} {setting:g} seed {seed} step {step}, reward {reward:.3f} at KL {kl:.2f}, is above the optimum "

@@ -12,6 +12,9 @@ import mutants  # noqa: E402
 import mutants_of_the_pipeline  # noqa: E402, F401 (plants the rest)
 import train  # noqa: E402
 
+UNSEEN = ("model.token_logp model.sequence_logp model.sequence_kl dpo.dpo_gradient dpo.dpo_gradient_logits "
+          "dpo.plackett_luce_loss dpo.objective").split()
+
 if __name__ == "__main__":
     count = len(mutants.MUTANTS)
     if len(sys.argv) < 2 or not sys.argv[1].isdigit() or not 1 <= int(sys.argv[1]) <= count:
@@ -21,6 +24,8 @@ if __name__ == "__main__":
         sys.argv += ["--out", f"runs/mutant-{number}"]
     os.environ.update(RANK="0", WORLD_SIZE="1")    # the bug is in this process alone
     bug = mutants.MUTANTS[int(number) - 1]
+    if bug.target in UNSEEN:
+        sys.exit(f"bug {number} is in a function that only the tests call; take another number")
     with mutants.planted(bug):
-        train.LOSSES["dpo"] = train.dpo.dpo_loss
+        train.LOSSES.update({name: getattr(train.dpo, loss.__name__) for name, loss in train.LOSSES.items()})
         sys.exit(train.main())

@@ -10,6 +10,7 @@ original and returns another). To plant one of your own, write five lines here:
 import contextlib
 import functools
 import math
+import sys
 from typing import Callable, NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ def planted(mutant):
     owner = functools.reduce(getattr, path[1:], CORE[path[0]])
     original = getattr(owner, name)
     bug = (lambda *args, **kwargs: mutant.body(original, *args, **kwargs)) if callable(original) else mutant.body(original)
-    places = [owner] + [m for m in CORE.values() if m is not owner and getattr(m, name, None) is original]
+    others = [*CORE.values(), *(sys.modules[n] for n in ("train", "plots.frontier") if n in sys.modules)]
+    places = [owner] + [m for m in others if m is not owner and getattr(m, name, None) is original]
     for place in places:
         setattr(place, name, bug)
     try:
