@@ -28,14 +28,18 @@ def add_shares(rows: list[dict], optimum: dict) -> None:
         row.update(optimal_reward=best, share=share, share_se=math.hypot(row["reward_se"], share * slope * row["kl_se"]) / gain)
 
 
+def solid_to(optimum: dict) -> float:
+    """The KL, nats, up to which the optimum rests on enough effective samples."""
+    return max((kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= SOLID), default=0.)
+
+
 def impossible(rows: list[dict], optimum: dict) -> list[dict]:
     """Rows above the optimum, where it is solid, by more than 4 standard errors: by Eq. 4 each is a bug, not a discovery."""
-    solid = max((kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= SOLID), default=0.)
     found = []
     for row in (row for row in rows if row["optimal_reward"] is not None):
         best, slope, se = dpo.optimal_reward(row["kl"], optimum)
         noise = math.hypot(row["reward_se"], slope * row["kl_se"], se)
-        if row["kl"] <= solid and row["reward"] - best > 4 * noise:
+        if row["kl"] <= solid_to(optimum) and row["reward"] - best > 4 * noise:
             found.append(row)
     return found
 
@@ -94,7 +98,6 @@ def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict
     for row in wrong:
         print("IMPOSSIBLE: {method} {setting:g} seed {seed} step {step}, reward {reward:.3f} at KL {kl:.2f}, is above the optimum "
               "{optimal_reward:.3f} by more than 4 standard errors: a bug in reward, KL or optimum".format(**row))
-    solid = max((kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= SOLID), default=0.)
-    print(f"{'No' if not wrong else len(wrong)} evaluation(s) of {len(rows)} above the optimum, which is solid to KL {solid:.2f} and dashed "
+    print(f"{'No' if not wrong else len(wrong)} evaluation(s) of {len(rows)} above the optimum, which is solid to KL {solid_to(optimum):.2f} and dashed "
           f"beyond (fewer than {SOLID} effective samples); results and figures are in {out}")
     return 1 if failures or wrong else 0

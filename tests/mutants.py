@@ -38,6 +38,14 @@ def plant(bug, target, theorems):
     return lambda body: MUTANTS.append(Mutant(body.__name__, bug, target, theorems, body)) or body
 
 
+def fails(theorem):
+    try:
+        theorem()
+    except Exception:    # a bug may make a theorem false, or make it crash
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def planted(mutant):
     """The code with the bug in it; `from model import sample` made second names, which are replaced too."""

@@ -13,22 +13,14 @@ import mutants  # noqa: E402
 BUGS = mutants.MUTANTS[:13]    # mutants.py begins with those of public code
 
 
-def fails(test) -> bool:
-    try:
-        test()
-    except Exception:
-        return True
-    return False
-
-
 def score(path) -> tuple[list[str], list[str]]:
     """The bugs that a file of tests finds, and its false alarms, by name."""
     tests = {name: f for name, f in runpy.run_path(str(path)).items() if name.startswith("test_") and callable(f)}
-    alarms = [name for name, test in tests.items() if fails(test)]
+    alarms = [name for name, test in tests.items() if mutants.fails(test)]
     honest, found = [test for name, test in tests.items() if name not in alarms], []
     for bug in BUGS:
         with mutants.planted(bug):
-            found += [bug.name] if any(map(fails, honest)) else []
+            found += [bug.name] if any(map(mutants.fails, honest)) else []
     return found, alarms
 
 

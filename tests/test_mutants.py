@@ -26,14 +26,6 @@ KILLS = {}    # theorem -> the mutants that it caught
 TABLE = []    # (mutant, the theorems that caught it)
 
 
-def fails(theorem):
-    try:
-        theorem()
-    except Exception:    # a bug may make a theorem false, or make it crash
-        return True
-    return False
-
-
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_planted_bug_is_caught(mutant):
     """Some theorem fails on the code with the bug in it. Theorems that have caught one before are run until one catches this."""
@@ -43,7 +35,7 @@ def test_a_planted_bug_is_caught(mutant):
     caught = []
     with mutants.planted(mutant):
         for name in dict.fromkeys(named):
-            if name not in UNCOVERED and not (caught and name in KILLS) and fails(THEOREMS[name]):
+            if name not in UNCOVERED and not (caught and name in KILLS) and mutants.fails(THEOREMS[name]):
                 caught.append(name)
                 KILLS.setdefault(name, []).append(mutant.name)
     TABLE.append((mutant, caught))
