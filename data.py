@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from typing import Callable, NamedTuple
 
 import tiktoken
@@ -250,46 +251,83 @@ def prompt_order(data: Preferences, batch: int, generator: torch.Generator, wind
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
-# ----------------------------------------------------------------------- stages: files that are made once, by many workers
+# ------------------------------------------------------------------- flags, and stages: files that are made once, by many workers
+def parse(flag: str, field, text: str):
+    """A flag's text as the type of its dataclass field, within the bounds of the field's metadata. Raises UserError."""
+    kind, m = type(field.default[0] if isinstance(field.default, tuple) else field.default), field.metadata
+    try:
+        values = [kind(part) for part in (text.split(",") if isinstance(field.default, tuple) else [text])]
+    except ValueError:
+        raise UserError(f"{flag} takes {'whole ' * (kind is int)}numbers, not {text!r}") from None
+    if m["choices"] and text not in m["choices"]:
+        raise UserError(f"{flag} is one of {', '.join(m['choices'])}, not {text!r}")
+    if kind is not str and not all(m["low"] <= x <= m["high"] and math.isfinite(x) for x in values):
+        raise UserError(f"{flag} must be from {m['low']:g} to {m['high']:g}, not {text!r}")
+    if len(set(values)) < len(values):
+        raise UserError(f"{flag} names a value twice: {text!r}")
+    return tuple(values) if isinstance(field.default, tuple) else values[0]
+
+
 def source(*files) -> str:
     """Hash of files' contents: who changes the code of a stage makes it anew."""
     return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
 
 
 def load_stage(path: pathlib.Path, key: str):
-    """What a stage's file holds; None if it is missing, or unreadable, which is said."""
+    """What a stage's file holds, {"key", "value", "seconds"}; None if it is missing, or unreadable, which is said."""
     try:
         stored = torch.load(path, weights_only=True)
         assert stored["key"] == key, "it was made with another configuration"
-        return stored["value"]
+        return {"value": stored["value"], "seconds": stored["seconds"]}
     except FileNotFoundError:
         return None
     except Exception as error:    # whatever a truncated or foreign file makes the reader raise
         print(f"{path} cannot be used and is made again ({type(error).__name__}: {str(error).splitlines()[0]})", flush=True)
 
 
-def stage(folder: pathlib.Path, name: str, key: str, make: Callable):
-    """Load folder/name.key.pt if it is there, else make it and write it, atomically; other processes wait meanwhile."""
-    path = folder / f"{name}.{key}.pt"
-    with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)    # let go when this process ends, however it ends
-        value = load_stage(path, key)
-        if value is None:
-            value = make()
+Job = tuple[str, str, Callable]    # name, key, make() -> value
+
+
+class Stages(NamedTuple):
+    """The files of a run's folder, for all workers: a job's value is made once, by whoever comes to it first."""
+    folder: pathlib.Path
+
+    def path(self, job: Job) -> pathlib.Path:
+        return self.folder / f"{job[0]}.{job[1]}.pt"
+
+    def take(self, job: Job, wait: bool = True) -> dict | None:
+        """{"value", "seconds" it took} of a job: loaded, else made and written, atomically. One process makes it; others wait, or get None."""
+        path = self.path(job)
+        with open(self.folder / f"{job[0]}.lock", "w") as lock:
             try:
-                torch.save({"key": key, "value": value}, path.with_suffix(".partial"))
-            except RuntimeError as error:    # torch's word for a full disk
-                raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from None
-            os.replace(path.with_suffix(".partial"), path)
-    return value
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))    # let go when this process ends, however it ends
+            except BlockingIOError:
+                return None
+            stored = load_stage(path, job[1])
+            if stored is None:
+                start = time.perf_counter()
+                stored = {"value": job[2](), "seconds": time.perf_counter() - start}
+                try:
+                    torch.save({"key": job[1], **stored}, path.with_suffix(".partial"))
+                except RuntimeError as error:    # torch's word for a full disk
+                    raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from None
+                os.replace(path.with_suffix(".partial"), path)
+        return stored
 
+    def stage(self, *job):
+        """The value of one job (name, key, make)."""
+        return self.take(job)["value"]
 
-def share(make: Callable, jobs: list[tuple[str, str, Callable]], rank: int, world: int, report: Callable = lambda name: None) -> list:
-    """Stages that do not need each other, divided over the workers; then all of them, whoever made them."""
-    for job in jobs[rank::world]:
-        make(*job)
-        report(job[0])
-    return [make(*job) for job in reversed(jobs)][::-1]    # from the end: what another worker comes to last
+    def share(self, jobs: list[Job], report: bool = False) -> list:
+        """The values of jobs that do not need each other: each worker takes the next that nobody is at, then waits for the rest."""
+        start, before = time.time(), sum(self.path(job).exists() for job in jobs)
+        for job in jobs:
+            mine = not self.path(job).exists() and self.take(job, wait=False)
+            if mine and report:
+                done, took = sum(self.path(j).exists() for j in jobs), (time.time() - start) / 60
+                left = took / max(done - before, 1) * (len(jobs) - done)
+                print(f"[{done}/{len(jobs)} done, {job[0]} the last; {took:.1f} min, about {left:.1f} min left]", flush=True)
+        return [self.stage(*job) for job in jobs]
 
 
 def end_with_parent() -> None:

@@ -114,6 +114,14 @@ def unlikelihood_loss(pair: Pair, alpha: float) -> Tensor:
     return -(pair.logp_w - alpha * pair.logp_l)
 
 
+def constant_weight_loss(pair: Pair, beta: float) -> Tensor:
+    """-beta/2 [log pi(y_w|x) - log pi(y_l|x)]                                                                    Section 4 -> (B,)
+
+    Eq. 7 with the weight of its gradient, sigma(rhat_l - rhat_w), held at 1/2, where it begins: what the weight is for.
+    """
+    return -beta / 2 * (pair.logp_w - pair.logp_l)
+
+
 def preferred_ft_loss(pair: Pair, beta: float) -> Tensor:
     """-log pi(y_w): supervised fine-tuning on the preferred response; beta plays no part                        Section 6 -> (B,)"""
     return -pair.logp_w

@@ -88,8 +88,8 @@ class GPT(nn.Module):
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters, on the CPU: what is kept of a policy."""
-    return {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    """A copy of the parameters, on the CPU: what is kept of a policy."""
+    return {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
 
 
 # ----------------------------------------------------------------------------------------------------- log-probabilities

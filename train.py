@@ -22,7 +22,7 @@ from torch import Tensor
 import data
 import dpo
 import ppo
-from data import Preferences, UserError, end_with_parent, launch, load_stage, rng, share, source, stage, torch_rng
+from data import Job, Preferences, Stages, UserError, end_with_parent, launch, load_stage, rng, source, torch_rng
 from model import GPT, GPTConfig, fit, respond, response_logp, schedule, score_batches, state_of
 from plots import STYLE, frontier, results
 
@@ -92,22 +92,6 @@ PRESETS = {
 }
 
 
-def parse(flag: str, f: dataclasses.Field, text: str):
-    """A flag's text as its field's type, within its bounds. Raises UserError."""
-    kind, m = type(f.default[0] if isinstance(f.default, tuple) else f.default), f.metadata
-    try:
-        values = [kind(part) for part in (text.split(",") if isinstance(f.default, tuple) else [text])]
-    except ValueError:
-        raise UserError(f"{flag} takes {'whole ' * (kind is int)}numbers, not {text!r}") from None
-    if m["choices"] and text not in m["choices"]:
-        raise UserError(f"{flag} is one of {', '.join(m['choices'])}, not {text!r}")
-    if kind is not str and not all(m["low"] <= x <= m["high"] and math.isfinite(x) for x in values):
-        raise UserError(f"{flag} must be from {m['low']:g} to {m['high']:g}, not {text!r}")
-    if len(set(values)) < len(values):
-        raise UserError(f"{flag} names a value twice: {text!r}")
-    return tuple(values) if isinstance(f.default, tuple) else values[0]
-
-
 def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The command line: every field of Config is a flag. Raises UserError, in one sentence, for a value that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -116,12 +100,13 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--out", help="folder for all that is written (default runs/PRESET)")
     parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
                         help="train this loss over --betas instead of the sweep, beside the baselines that are there; repeatable")
+    parser.add_argument("--pairs", metavar="FILE.jsonl", help="preferences of your own, a JSON object a line: prompt, chosen, rejected")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that share the sweep (default: one a core, at most 16; on a GPU 4)")
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=partial(parse, flag, f), metavar="N", default=argparse.SUPPRESS,
+        parser.add_argument(flag, type=partial(data.parse, flag, f), metavar="N", default=argparse.SUPPRESS,
                             help=f"{f.metadata['meaning'].replace('%', '%%')} (default: {f.default})")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
@@ -156,23 +141,27 @@ PPO = PAIRS + EVALUATION + " rm_epochs rm_lr ppo_steps ppo_batch ppo_minibatch p
 class Lab(NamedTuple):
     """What all runs share."""
     cfg: Config
-    stage: Callable                   # data.stage in the run's folder: stage(name, key, make)
-    share: Callable                   # data.share between the workers: share(jobs)
+    stages: Stages                    # the files in the run's folder, shared between the workers
     device: str
     encoding: object
     corpus: dict[str, list[str]]
     ref: GPT                          # pi_ref
     prompts: tuple[Tensor, Tensor]    # that policies are judged on
+    pairs: Preferences | None         # the user's own, instead of labelled completions of pi_ref
+    pairs_key: str                    # hash of their file
+    learned: Callable | None = None   # the first seed's learned reward, for figures: (ids, mask) -> (B,)
 
     def reward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return data.true_reward(self.encoding, ids, mask)
 
 
-def prepare(cfg: Config, stage: Callable, share: Callable, device: str) -> Lab:
-    """Corpus, tokenizer, pi_ref, and the prompts that judge."""
+def prepare(cfg: Config, stages: Stages, device: str, own: list[dict]) -> Lab:
+    """Corpus, tokenizer, pi_ref, the prompts that judge, and the user's own pairs, if there are any."""
+    stage = stages.stage
     corpus = stage("corpus", key_of(cfg, CORPUS), partial(data.write_corpus, cfg.reviews, cfg.seed))
     ranks = stage("tokenizer", key_of(cfg, CORPUS), partial(data.learn_ranks, corpus["train"][:150], cfg.vocab_size))
     encoding = data.make_encoding(ranks)
+    pairs = results.encode_pairs(encoding, own, cfg.max_tokens) if own else None
     config = GPTConfig(cfg.vocab_size, cfg.max_tokens + data.PROMPT, cfg.layers, cfg.heads, cfg.width)
     ref = GPT(config, torch_rng("init", cfg.seed)).to(device)
 
@@ -185,10 +174,20 @@ def prepare(cfg: Config, stage: Callable, share: Callable, device: str) -> Lab:
     ref.load_state_dict(stage("sft", key_of(cfg, SFT), train_sft))
     ref.requires_grad_(False)
     prompts = data.make_prompts(encoding, corpus[cfg.split][:cfg.eval_prompts], rng("judge", cfg.seed))
-    return Lab(cfg, stage, share, device, encoding, corpus, ref, tuple(p.to(device) for p in prompts))
+    lab = Lab(cfg, stages, device, encoding, corpus, ref, tuple(p.to(device) for p in prompts), None, "")
+    if not own:
+        return lab
+    pairs_key = hashlib.sha256(json.dumps(own).encode()).hexdigest()
+    return lab._replace(pairs=pairs._replace(ref=ref_logp(lab, pairs.ids, pairs.mask)), pairs_key=pairs_key)
 
 
 # ------------------------------------------------------------------------------------------- completions, labels, optimum
+def ref_logp(lab: Lab, ids: Tensor, mask: Tensor) -> Tensor:
+    """log pi_ref(y|x) of many responses, once for every run that uses them: ids (C, T), mask (C, T) -> (C,)"""
+    with torch.no_grad():
+        return score_batches(lambda a, b: response_logp(lab.ref, a, b).sum(1), ids.to(lab.device), mask.to(lab.device)).cpu()
+
+
 def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
     """Completions of `count` prompts by pi_ref, their true rewards and their reference log-probabilities, in shared parts."""
     cfg = lab.cfg
@@ -198,17 +197,17 @@ def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
     def make(i: int) -> dict[str, Tensor]:
         generator = torch_rng("completions", split, seed, i, device=lab.device)
         ids, mask = respond(lab.ref, parts[i], cfg.completions, cfg.max_tokens, lab.encoding.eot_token, generator)
-        with torch.no_grad():
-            ref = score_batches(lambda a, b: response_logp(lab.ref, a, b).sum(1), ids, mask)
-        return {"ids": ids.cpu(), "mask": mask.cpu(), "ref": ref.cpu(), "reward": lab.reward(ids, mask).cpu()}
+        return {"ids": ids.cpu(), "mask": mask.cpu(), "ref": ref_logp(lab, ids, mask), "reward": lab.reward(ids, mask).cpu()}
 
     key = key_of(cfg, COMPLETIONS, split, count, seed)
-    made = lab.share([(f"completions-{split}-seed{seed}-{i}", key, partial(make, i)) for i in range(len(parts))])
+    made = lab.stages.share([(f"completions-{split}-seed{seed}-{i}", key, partial(make, i)) for i in range(len(parts))])
     return {name: torch.cat([part[name] for part in made]) for name in made[0]}
 
 
 def label(lab: Lab, split: str, count: int, seed: int) -> Preferences:
-    """The completions of `count` prompts of a split, and all pairs of them, labelled."""
+    """The completions of `count` prompts of a split, and all pairs of them, labelled; or the user's own pairs to train on."""
+    if split == "train" and lab.pairs:
+        return lab.pairs
     cfg, made = lab.cfg, complete(lab, split, count, seed)
     winner, loser, _ = data.label_pairs(made["reward"].view(-1, cfg.completions), cfg.labels, cfg.tau, torch_rng("labels", split, seed))
     return Preferences(made["ids"], made["mask"], made["ref"], winner, loser, cfg.completions)
@@ -223,7 +222,7 @@ def optimum_of(lab: Lab) -> dict:
         return lab.reward(*respond(lab.ref, parts[i], cfg.optimum_samples, cfg.max_tokens, lab.encoding.eot_token, generator)).cpu()
 
     key = key_of(cfg, SFT + " split eval_prompts optimum_samples")
-    reward = torch.stack(lab.share([(f"optimum-{i}", key, partial(make, i)) for i in range(len(parts))]))
+    reward = torch.stack(lab.stages.share([(f"optimum-{i}", key, partial(make, i)) for i in range(len(parts))]))
     return {**dpo.optimal_frontier(reward, torch.logspace(-3.5, 1.5, 400)), "ref_reward": reward.mean().item()}
 
 
@@ -259,7 +258,7 @@ def train_on_pairs(lab: Lab, policy: GPT, loss_function: Callable, run: Run) -> 
     return len(batches), map(step, batches)
 
 
-def reward_model(lab: Lab, seed: int) -> tuple[str, str, Callable]:
+def reward_model(lab: Lab, seed: int) -> Job:
     """The stage of the learned reward: model, accuracy, and the mean and deviation of its scores on responses of pi_ref."""
     def make() -> dict:
         cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
@@ -268,16 +267,21 @@ def reward_model(lab: Lab, seed: int) -> tuple[str, str, Callable]:
         model, accuracy, r = ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
         return {"model": state_of(model), "accuracy": accuracy, "mean": r.mean().item(), "deviation": r.std().item()}
 
-    return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed), make
+    return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed, lab.pairs_key), make
 
 
-def train_ppo(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
+def learned_reward(lab: Lab, seed: int) -> tuple[Callable, float, float]:
+    """r_phi(ids, mask) -> (B,), and its mean and deviation on responses of pi_ref."""
+    fitted, model = lab.stages.stage(*reward_model(lab, seed)), ppo.ScalarModel(lab.ref).to(lab.device)
+    model.load_state_dict(fitted["model"])
+    return partial(ppo.reward_of, model), fitted["mean"], fitted["deviation"]
+
+
+def ppo_run(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
     """PPO on the learned reward, PPO-GT on the true one: each with mean 0 and deviation 1 on responses of pi_ref."""
     cfg = lab.cfg
     if run.method == "ppo":
-        fitted, judge = lab.stage(*reward_model(lab, run.seed)), ppo.ScalarModel(lab.ref).to(lab.device)
-        judge.load_state_dict(fitted["model"])
-        reward, mean, deviation = partial(ppo.reward_of, judge), fitted["mean"], fitted["deviation"]
+        reward, mean, deviation = learned_reward(lab, run.seed)
     else:
         made = complete(lab, "train", cfg.prompts, run.seed)["reward"]
         reward, mean, deviation = lab.reward, made.mean().item(), made.std().item()
@@ -294,9 +298,9 @@ def judge(lab: Lab, policy: GPT, samples: int, *names) -> dict[str, float]:
 
 
 def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
-    """One run, judged on its way and at its end: {"rows", "policy", "failure"}; a NaN or an error in a student's loss ends it alone."""
-    cfg, policy, rows, since, seconds, step = lab.cfg, copy.deepcopy(lab.ref).requires_grad_(True), [], [], 0., 0
-    steps, log = train_on_pairs(lab, policy, loss, run) if loss else train_ppo(lab, policy, run)
+    """One run, judged on its way (policies in "way", where figures need them) and at its end. NaN, or an error of a student's loss, ends it."""
+    cfg, policy, rows, way, since, seconds, step = lab.cfg, copy.deepcopy(lab.ref).requires_grad_(True), [], [], [], 0., 0
+    steps, log = train_on_pairs(lab, policy, loss, run) if loss else ppo_run(lab, policy, run)
     start = time.perf_counter()
     try:
         for step, values in enumerate(log, 1):
@@ -311,59 +315,60 @@ def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
             if judged:
                 rows.append({**run._asdict(), "step": step, "final": last, **judged, "seconds": seconds, **mean})
                 since = []
+                way += [(step, state_of(policy))] if run.method in WATCHED else []
                 print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}: "
                       + "  ".join(f"{name} {x:.3g}" for name, x in {**judged, **mean}.items() if name[-3:] != "_se"), flush=True)
             start = time.perf_counter()
     except (FloatingPointError, dpo.LossError) as error:
-        return {"rows": rows, "policy": {}, "failure": {**run._asdict(), "step": step, "reason": str(error)}}
-    return {"rows": rows, "policy": state_of(policy), "failure": None}
+        return {**run._asdict(), "rows": rows, "policy": {}, "way": way, "failure": {**run._asdict(), "step": step, "reason": str(error)}}
+    return {**run._asdict(), "rows": rows, "policy": state_of(policy), "way": way, "failure": None}
 
 
-LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss}
+LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss,
+          "constant_weight": dpo.constant_weight_loss}
+WATCHED = {"dpo", "unlikelihood"}    # whose policies are kept all the way: Fig. 3 right, Table 3
 
 
-def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[tuple[str, str, Callable]]:
+def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[Job]:
     """The stages of the runs of some methods, each with its settings, for every seed."""
     cfg, jobs = lab.cfg, []
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
         code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
-        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, __file__, frontier.__file__), run)
+        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, __file__, frontier.__file__), run,
+                     lab.pairs_key * (run.method != "ppo_gt"))
         jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
 
 
 # ---------------------------------------------------------------------------------------------------------- the experiment
-def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], device: str, rank: int, world: int) -> int:
-    """Section 6, in its order, as one of `world` workers. Returns the exit code: 1 where a run failed or a point cannot be."""
-    make = partial(stage, out)
-    lab = prepare(cfg, make, partial(share, make, rank=rank, world=world), device)
+def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], own: list[dict], device: str,
+               rank: int) -> int:
+    """Section 6, in its order, as one of several workers. Returns the exit code: 1 where a run failed or a point cannot be."""
+    lab = prepare(cfg, Stages(out), device, own)
     optimum = optimum_of(lab)
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     for seed in seeds:
         pairs = label(lab, "train", cfg.prompts, seed)
-        if not rank:
+        if not rank and not own:
             results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs, lab.prompts)
-    baselines = {"ppo_gt": cfg.kl_targets, "ppo": cfg.kl_targets, "dpo": cfg.betas, "unlikelihood": cfg.alphas,    # the longest first
-                 "preferred_ft": range(cfg.preferred_runs)}
+    baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
+                 "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
     jobs = sweep(lab, {name: cfg.betas for name in students}, students) or [reward_model(lab, seed) for seed in seeds] \
         + sweep(lab, baselines)
-    path, start = (lambda job: out / f"{job[0]}.{job[1]}.pt"), time.time()
-    before = sum(path(job).exists() for job in jobs)
-
-    def report(name: str) -> None:
-        done, took = sum(path(job).exists() for job in jobs), (time.time() - start) / 60
-        left = took / max(done - before, 1) * (len(jobs) - done)
-        print(f"[{done}/{len(jobs)} done, {name} the last; {took:.1f} min, about {left:.1f} min left]", flush=True)
-
-    done = [value for value in lab.share(jobs, report=report) if "rows" in value]
+    done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
+    measured = []
+    if not students:
+        lab = lab._replace(learned=learned_reward(lab, cfg.seed)[0])
+        measured = lab.stages.share([(f"figure-{name}", key_of(cfg, SFT + EVALUATION, source(module.__file__), [job[1] for job in jobs]),
+                                      partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
     if rank:
         return 0
-    if students:    # baselines are drawn if they are there, whatever their settings, and never trained
-        there = [load_stage(path(job), job[1]) for job in sweep(lab, results.trained(out, baselines)) if path(job).exists()]
-        done = [run for run in there if run] + done
-    sft = lab.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(judge, lab, lab.ref, cfg.eval_samples, "sft"))
+    if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
+        jobs = sweep(lab._replace(pairs=None, pairs_key=""), results.trained(out, baselines))
+        done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job), job[1]))] + done
+    sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(judge, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
-    return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg))
+    return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure])
 
 
 def main() -> int:
@@ -375,15 +380,16 @@ def main() -> int:
         if device.split(":")[0] not in there:
             raise UserError(f"--device {device} is not on this machine; there is {', '.join(there)}")
         students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
-        if len(students) < len(args.loss) or set(students) & {*STYLE, "best_of_n", "best_of_n_gt"}:
+        if len(students) < len(args.loss) or set(students) & {*STYLE}:
             raise UserError(f"--loss: each needs a name of its own, and not that of a method that is there: {', '.join(students)}")
+        own = results.read_pairs(args.pairs) if args.pairs else []
         out = pathlib.Path(args.out or f"runs/{args.preset}")
         out.mkdir(parents=True, exist_ok=True)
         if "RANK" not in os.environ:
             return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
         torch.set_num_threads(1)
         end_with_parent()
-        return experiment(cfg, out, students, device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return experiment(cfg, out, students, own, device, int(os.environ["RANK"]))
     except (UserError, dpo.LossError) as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:

@@ -1,9 +1,10 @@
 """The figures: one module each, `measure` what training did not, `draw` from results alone. Shared: names, colours, files."""
+import copy
 import json
 import pathlib
-import sys
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")    # files, never a window
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -17,8 +18,11 @@ STYLE = {    # method -> (legend, colour, marker); Okabe and Ito's palette, safe
     "ppo_gt": ("PPO-GT (true reward)", "#56B4E9", "D"),
     "unlikelihood": ("Unlikelihood", "#E69F00", "v"),
     "preferred_ft": ("Preferred-FT", "#009E73", "^"),
+    "constant_weight": ("DPO, constant weight", "#7F7F7F", "X"),
+    "best_of_n": ("Best-of-N (learned reward)", "#CC79A7", "p"),
+    "best_of_n_gt": ("Best-of-N (true reward)", "#882255", "h"),
 }
-STUDENTS = [("#CC79A7", "P"), ("#8C564B", "X"), ("#999933", "h"), ("#7F3FBF", "p"), ("#B22222", "<"), ("#2F4F4F", ">"),
+STUDENTS = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"), ("#B22222", "<"), ("#2F4F4F", "8"),
             ("#DAA520", "d")]
 
 
@@ -28,20 +32,25 @@ def style(methods) -> dict[str, tuple[str, str, str]]:
     return {**STYLE, **{name: (name, *STUDENTS[i % len(STUDENTS)]) for i, name in enumerate(new)}}
 
 
-def load(folder) -> tuple[list[dict], dict]:
-    """results.jsonl and optimum.json of a run's folder."""
-    folder = pathlib.Path(folder)
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return rows, json.loads((folder / "optimum.json").read_text())
+def load_lines(path: pathlib.Path) -> list[dict]:
+    """A file of one JSON object a line; nothing where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def redraw(draw, name: str) -> None:
-    """`python -m plots.NAME [FOLDER]`: draw FOLDER/NAME.png (default plots/, the published results) again, without training."""
-    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
-    try:
-        rows, optimum = load(folder)
-    except (OSError, ValueError) as error:
-        sys.exit(f"cannot read the results in {folder} ({error}): name a folder with results.jsonl and optimum.json, "
-                 "such as runs/default")
-    draw(rows, optimum, folder / f"{name}.png")
-    print(folder / f"{name}.png")
+def nearest(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
+    """The finished run of a method, of the first seed, whose KL is nearest to `kl` nats: how figures choose the policy they show."""
+    done = [run for run in runs if run["method"] == method and not run["failure"] and run["seed"] == runs[0]["seed"]]
+    return min(done, key=lambda run: abs(run["rows"][-1]["kl"] - kl), default=None)
+
+
+def policy_of(lab, state: dict) -> torch.nn.Module:
+    """The policy that a run kept, {} for pi_ref."""
+    policy = copy.deepcopy(lab.ref)
+    policy.load_state_dict(state or lab.ref.state_dict())
+    return policy
+
+
+def save(figure, path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

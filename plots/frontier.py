@@ -1,9 +1,9 @@
-"""Fig. 2, left: true reward against KL(pi || pi_ref), every method under the exact optimum.   python -m plots.frontier [FOLDER]"""
+"""Fig. 2, left: true reward against KL(pi || pi_ref), every method under the exact optimum."""
 import torch
 from torch import Tensor
 
 from model import GPT, respond, response_kl, score_batches
-from plots import SOLID, plt, redraw, style
+from plots import SOLID, plt, save, style
 
 RIGHT = 10.     # nats shown; finished policies beyond are drawn at the edge, with their KL beside them
 
@@ -58,10 +58,5 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
     axis.xaxis.label.set_size(12), axis.yaxis.label.set_size(12)
     axis.grid(alpha=.25)
     axis.legend(loc="lower right", bbox_to_anchor=(.86, .01), fontsize=11, framealpha=.95)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
-
-if __name__ == "__main__":
-    redraw(draw, "frontier")

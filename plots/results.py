@@ -1,4 +1,7 @@
-"""What a run leaves behind: results.jsonl, optimum.json, failures.jsonl, the table, the figures; and whether it can be true."""
+"""What a run leaves behind: results.jsonl, optimum.json, failures.jsonl, preferences, the table, the figures; whether it can be true.
+
+And what it reads again: preferences, exported or a user's own (`--pairs`).
+"""
 import json
 import math
 import os
@@ -9,7 +12,7 @@ import torch
 
 import data
 import dpo
-from plots import SOLID, frontier, style
+from plots import SOLID, frontier, load_lines, style
 
 
 def add_shares(rows: list[dict], optimum: dict) -> None:
@@ -68,21 +71,114 @@ def write_lines(path: pathlib.Path, rows) -> None:
 
 def describe(path: pathlib.Path, encoding, pairs: data.Preferences, judges: tuple) -> None:
     """Writes the preferences as text, in the field's standard columns, and prints what pi_ref is like."""
-    texts = data.decode(encoding, pairs.ids, pairs.mask)
-    prompts = data.decode(encoding, pairs.ids, ~pairs.mask & (pairs.mask.flip(1).cumsum(1).flip(1) > 0))
-    write_lines(path, ({"prompt": prompts[w], "chosen": texts[w][len(prompts[w]):], "rejected": texts[l][len(prompts[l]):]}
+    before = ~pairs.mask & (pairs.mask.flip(1).cumsum(1).flip(1) > 0)    # the prompts
+    ids = [[row[m].tolist() for row, m in zip(pairs.ids, some)] for some in (before, pairs.mask)]
+    prompts, responses = ([encoding.decode([t for t in row if t != encoding.eot_token]) for row in rows] for rows in ids)
+    write_lines(path, ({"prompt": prompts[w], "chosen": responses[w], "rejected": responses[l], "group": w // pairs.k,
+                        "rows": [w % pairs.k, l % pairs.k], "ids": [ids[0][w], ids[1][w], ids[1][l]]}
                        for w, l in zip(pairs.winner.tolist(), pairs.loser.tolist())))
-    reward, some = torch.tensor([data.sentiment(text) for text in texts]), texts[:1000]
-    all_pairs, begun = len(texts) * (pairs.k - 1) // 2, set(prompts)
+    texts, begun = [x + y for x, y in zip(prompts, responses)], set(prompts)
+    reward, some, drawn = torch.tensor([data.sentiment(text) for text in texts]), texts[:1000], len(texts) * (pairs.k - 1) // 2
     again = sum(encoding.decode(row[:n]) in begun for row, n in zip(*(x.tolist() for x in judges))) / len(judges[0])
-    print(f"pi_ref: {sum(map(data.is_grammatical, some)) / len(some):.1%} of {len(some):,} responses are grammatical, reward "
-          f"{reward.mean():.3f} +- {reward.std():.3f} (standard deviation); {len(pairs.winner):,} pairs, {all_pairs - len(pairs.winner):,} "
-          f"ties dropped; {again:.0%} of the prompts that judge (prefixes of other reviews) are word for word prompts of the pairs too", flush=True)
+    print(f"completions: {sum(map(data.is_grammatical, some)) / len(some):.1%} of {len(some):,} are grammatical, reward "
+          f"{reward.mean():.3f} +- {reward.std():.3f} (standard deviation); {len(pairs.winner):,} pairs, {drawn - len(pairs.winner):,} ties "
+          f"dropped; {again:.0%} of the prompts that judge (prefixes of other reviews) are word for word prompts of the pairs too", flush=True)
 
 
-def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict) -> int:
+# ------------------------------------------------------------------------------------ preferences of one's own, read again
+KNOWN = set(re.findall(r"\w+", data.CLAUSE.pattern + data.REVIEW.pattern))    # the two patterns hold every word of the reviews
+
+
+def is_known(text: str) -> bool:
+    """Whether at least half of a text's words are words of the reviews; the last does not count, it may be cut off."""
+    words = re.findall(r"\w+", text)
+    words = words[:-1] or words
+    return len(words) > 0 and 2 * sum(word in KNOWN for word in words) >= len(words)
+
+
+def read_pairs(path: str) -> list[dict]:
+    """Preferences of one's own: a JSON object a line, with `prompt`, `chosen`, `rejected`. Raises data.UserError that names the line.
+
+    What a run exported also has `ids` (the tokens of the three), `group` and `rows` (which prompt, which of its completions).
+    """
+    try:
+        lines = pathlib.Path(path).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise data.UserError(f"--pairs: cannot read {path} as text ({error})") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            pair = json.loads(line)
+            texts = [pair[name] for name in ("prompt", "chosen", "rejected")]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise data.UserError(f'{path}, line {number} is not a JSON object {{"prompt": ..., "chosen": ..., "rejected": ...}}') from None
+        sampled = "ids" in pair    # a policy may write anything, nothing at all included
+        for wrong, why in (
+                (not all(isinstance(text, str) and (text.strip() or sampled) for text in texts), "the three must be text, and not empty"),
+                (texts[1] == texts[2] and not sampled, "chosen and rejected are the same: there is nothing to learn from them"),
+                (not sampled and not all(map(is_known, map(str, texts))), "most words of a text are in no review: pi_ref cannot know them")):
+            if wrong:
+                raise data.UserError(f"{path}, line {number}: {why}")
+        pairs.append(pair)
+    if not pairs:
+        raise data.UserError(f"{path} holds no pairs")
+    return pairs
+
+
+def encode_pairs(encoding, pairs: list[dict], max_tokens: int) -> data.Preferences:
+    """`read_pairs` as tokens, `ref` still 0. Pairs of one `group`, or else of equal prompts in lines that follow each other, share
+    completions. A prompt with fewer completions than others repeats its last. Raises data.UserError that names the pair."""
+    end, groups, ends, last = encoding.eot_token, {}, [], 0    # group -> row -> (prompt, response)
+    for number, pair in enumerate(pairs, 1):
+        try:    # exact tokens where a text is still as it was exported, even if chosen and rejected were swapped since
+            known = {encoding.decode([t for t in ids if t != end]): (ids, (row + 0,))
+                     for ids, row in zip(pair.get("ids", []), [-1, *pair.get("rows", [])], strict="ids" in pair)}
+            prompt = known[pair["prompt"]][0] if pair["prompt"] in known else encoding.encode_ordinary(pair["prompt"])
+            fresh = [encoding.encode_ordinary(pair[name]) + [end] for name in ("chosen", "rejected")]
+            two, rows = zip(*(known.get(pair[name], (ids, tuple(ids))) for name, ids in zip(("chosen", "rejected"), fresh)))
+            last = last if number > 1 and pair["prompt"] == pairs[number - 2]["prompt"] else number
+            group = pair.get("group", -last)
+            groups.setdefault(group, {}).update({row: (prompt, response) for row, response in zip(rows, two)})
+            ends.append((group, *rows))
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+            raise data.UserError(f"--pairs, pair {number}: ids, group or rows are not as a run exports them") from None
+        if len(prompt) + max(map(len, two)) > data.PROMPT + max_tokens:
+            raise data.UserError(f"--pairs, pair {number}: {len(prompt) + max(map(len, two))} tokens do not fit into {data.PROMPT + max_tokens}: "
+                            "shorten it, or take a larger --max-tokens")
+    k = max(map(len, groups.values()))
+    texts, place = [], {}
+    for group, mine in groups.items():
+        place.update({(group, row): len(texts) + i for i, row in enumerate(sorted(mine))})
+        texts += [mine[row] for row in sorted(mine)]
+        texts += texts[-1:] * (-len(texts) % k)
+    ids, stop = data.pad([prompt + response for prompt, response in texts], end, data.PROMPT + max_tokens)
+    columns, start = torch.arange(ids.shape[1]), torch.tensor([len(prompt) for prompt, _ in texts])
+    mask = (columns >= start[:, None]) & (columns < stop[:, None])
+    winner, loser = (torch.tensor([place[e[0], e[i]] for e in ends]) for i in (1, 2))
+    return data.Preferences(ids, mask, torch.zeros(len(ids)), winner, loser, k)
+
+
+# ------------------------------------------------------------------------------------------------------- all of it, at last
+DRAWN = {"frontier": frontier}    # from results.jsonl and optimum.json: draw(rows, optimum, path)
+MEASURED = {}                     # from policies, by measure(lab, runs) -> rows, kept in measured.jsonl: draw(rows, path)
+
+
+def draw_all(out: pathlib.Path) -> list[pathlib.Path]:
+    """Every figure for which a folder has results; their paths."""
+    rows, measured = load_lines(out / "results.jsonl"), load_lines(out / "measured.jsonl")
+    optimum = json.loads((out / "optimum.json").read_text())
+    for name, module in DRAWN.items():
+        module.draw(rows, optimum, out / f"{name}.png")
+    there = [name for name in MEASURED if any(row["figure"] == name for row in measured)]
+    for name in there:
+        MEASURED[name].draw([row for row in measured if row["figure"] == name], out / f"{name}.png")
+    return [out / f"{name}.png" for name in [*DRAWN, *there]]
+
+
+def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict, measured: list[dict]) -> int:
     """Write and draw all, the rows given and those of the runs; print the table and whatever is wrong. Returns the exit code."""
-    rows = [{**row, "config": config} for row in rows + [row for run in runs for row in run["rows"]]]
+    rows = rows + [row for run in runs for row in run["rows"]] + [row for row in measured if row["figure"] == "best_of_n"]
+    rows = [{**{name: x for name, x in row.items() if name != "figure"}, "config": config} for row in rows]
     order = list(style(row["method"] for row in rows))
     rows.sort(key=lambda row: order.index(row["method"]))
     failures = [run["failure"] for run in runs if run["failure"]]
@@ -90,7 +186,9 @@ def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict
     write_lines(out / "results.jsonl", rows)
     write_lines(out / "failures.jsonl", failures)
     write_lines(out / "optimum.json", [optimum])
-    frontier.draw(rows, optimum, out / "frontier.png")
+    if measured:
+        write_lines(out / "measured.jsonl", measured)
+    draw_all(out)
     print(table(rows))
     for failure in failures:
         print("FAILED: {method} {setting:g} seed {seed} at step {step}, its rows up to there are kept: {reason}".format(**failure))
