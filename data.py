@@ -291,14 +291,15 @@ Job = tuple[str, str, Callable]    # name, key, make() -> value
 class Stages(NamedTuple):
     """The files of a run's folder, for all workers: a job's value is made once, by whoever comes to it first."""
     folder: pathlib.Path
+    seconds: dict    # name -> seconds that it took, whoever made it
 
     def path(self, job: Job) -> pathlib.Path:
         return self.folder / f"{job[0]}.{job[1]}.pt"
 
     def take(self, job: Job, wait: bool = True) -> dict | None:
-        """{"value", "seconds" it took} of a job: loaded, else made and written, atomically. One process makes it; others wait, or get None."""
+        """{"value", "seconds"} of a job: loaded, else made and written, atomically. One process makes it; others wait, or get None."""
         path = self.path(job)
-        with open(self.folder / f"{job[0]}.lock", "w") as lock:
+        with open(path.with_suffix(".lock"), "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))    # let go when this process ends, however it ends
             except BlockingIOError:
@@ -312,6 +313,7 @@ class Stages(NamedTuple):
                 except RuntimeError as error:    # torch's word for a full disk
                     raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from None
                 os.replace(path.with_suffix(".partial"), path)
+        self.seconds[job[0]] = stored["seconds"]
         return stored
 
     def stage(self, *job):

@@ -261,3 +261,9 @@ def score_batches(function, ids: Tensor, mask: Tensor, batch: int = 512) -> Tens
         width = int(b.any(0).nonzero().max()) + 1
         parts.append(function(a[:, :width], b[:, :width]))
     return torch.cat(parts)
+
+
+def log_probabilities(model: GPT, ids: Tensor, mask: Tensor, device: str | None = None) -> Tensor:
+    """log pi(y|x) of many responses, in batches, without gradient: ids (N, T), mask (N, T) -> (N,) on the CPU"""
+    with torch.no_grad():
+        return score_batches(lambda a, b: response_logp(model, a, b).sum(1), ids.to(device), mask.to(device)).cpu()

@@ -205,5 +205,7 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor], score:
         decay.step()
         # 5. steer the price of KL.
         kl = (batch.logp - batch.ref_logp).sum(1).mean().item()
-        yield {"loss": loss, "score": batch.score.mean().item(), "rollout_kl": kl, "coefficient": coefficient}
+        tokens = batch.mask.sum().item()
+        yield {"loss": loss, "score": batch.score.mean().item(), "rollout_kl": kl, "coefficient": coefficient,
+               "sampled_tokens": tokens, "trained_tokens": tokens * cfg.ppo_epochs}
         coefficient = adapt(coefficient, kl, target, len(batch.ids), cfg.ppo_horizon)

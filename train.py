@@ -23,8 +23,8 @@ import data
 import dpo
 import ppo
 from data import Job, Preferences, Stages, UserError, end_with_parent, launch, load_stage, rng, source, torch_rng
-from model import GPT, GPTConfig, fit, respond, response_logp, schedule, score_batches, state_of
-from plots import STYLE, frontier, results
+from model import GPT, GPTConfig, fit, log_probabilities, respond, response_logp, schedule, state_of
+from plots import STYLE, frontier, gap, results
 
 VERSION = 1    # of what stages hold and how train.py makes it; a new number makes every stage anew
 
@@ -101,6 +101,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
                         help="train this loss over --betas instead of the sweep, beside the baselines that are there; repeatable")
     parser.add_argument("--pairs", metavar="FILE.jsonl", help="preferences of your own, a JSON object a line: prompt, chosen, rejected")
+    parser.add_argument("--study", action="store_true", help="also run DPO without one obstacle at a time, for plots/gap.py and the README")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that share the sweep (default: one a core, at most 16; on a GPU 4)")
@@ -134,6 +135,7 @@ CORPUS = "seed reviews vocab_size"
 SFT = CORPUS + " layers heads width max_tokens sft_epochs sft_batch sft_lr"
 COMPLETIONS = SFT + " prompts completions"
 PAIRS = COMPLETIONS + " labels tau batch_prompts"
+OPTIMUM = SFT + " split eval_prompts optimum_samples"
 EVALUATION = " split eval_prompts eval_samples evaluations"
 PPO = PAIRS + EVALUATION + " rm_epochs rm_lr ppo_steps ppo_batch ppo_minibatch ppo_epochs ppo_lr ppo_coefficient ppo_horizon"
 
@@ -175,19 +177,11 @@ def prepare(cfg: Config, stages: Stages, device: str, own: list[dict]) -> Lab:
     ref.requires_grad_(False)
     prompts = data.make_prompts(encoding, corpus[cfg.split][:cfg.eval_prompts], rng("judge", cfg.seed))
     lab = Lab(cfg, stages, device, encoding, corpus, ref, tuple(p.to(device) for p in prompts), None, "")
-    if not own:
-        return lab
-    pairs_key = hashlib.sha256(json.dumps(own).encode()).hexdigest()
-    return lab._replace(pairs=pairs._replace(ref=ref_logp(lab, pairs.ids, pairs.mask)), pairs_key=pairs_key)
+    return lab if not own else lab._replace(pairs_key=hashlib.sha256(json.dumps(own).encode()).hexdigest(),
+                                            pairs=pairs._replace(ref=log_probabilities(ref, pairs.ids, pairs.mask, device)))
 
 
-# ------------------------------------------------------------------------------------------- completions, labels, optimum
-def ref_logp(lab: Lab, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi_ref(y|x) of many responses, once for every run that uses them: ids (C, T), mask (C, T) -> (C,)"""
-    with torch.no_grad():
-        return score_batches(lambda a, b: response_logp(lab.ref, a, b).sum(1), ids.to(lab.device), mask.to(lab.device)).cpu()
-
-
+# ---------------------------------------------------------------------------------------------------- completions, labels
 def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
     """Completions of `count` prompts by pi_ref, their true rewards and their reference log-probabilities, in shared parts."""
     cfg = lab.cfg
@@ -197,7 +191,7 @@ def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
     def make(i: int) -> dict[str, Tensor]:
         generator = torch_rng("completions", split, seed, i, device=lab.device)
         ids, mask = respond(lab.ref, parts[i], cfg.completions, cfg.max_tokens, lab.encoding.eot_token, generator)
-        return {"ids": ids.cpu(), "mask": mask.cpu(), "ref": ref_logp(lab, ids, mask), "reward": lab.reward(ids, mask).cpu()}
+        return {"ids": ids.cpu(), "mask": mask.cpu(), "ref": log_probabilities(lab.ref, ids, mask), "reward": lab.reward(ids, mask).cpu()}
 
     key = key_of(cfg, COMPLETIONS, split, count, seed)
     made = lab.stages.share([(f"completions-{split}-seed{seed}-{i}", key, partial(make, i)) for i in range(len(parts))])
@@ -211,19 +205,6 @@ def label(lab: Lab, split: str, count: int, seed: int) -> Preferences:
     cfg, made = lab.cfg, complete(lab, split, count, seed)
     winner, loser, _ = data.label_pairs(made["reward"].view(-1, cfg.completions), cfg.labels, cfg.tau, torch_rng("labels", split, seed))
     return Preferences(made["ids"], made["mask"], made["ref"], winner, loser, cfg.completions)
-
-
-def optimum_of(lab: Lab) -> dict:
-    """The optimal frontier of the prompts that judge, from many responses of pi_ref to each; and pi_ref's own mean reward."""
-    cfg, parts = lab.cfg, list(zip(*(p.split(1) for p in lab.prompts)))
-
-    def make(i: int) -> Tensor:
-        generator = torch_rng("optimum", cfg.seed, i, device=lab.device)
-        return lab.reward(*respond(lab.ref, parts[i], cfg.optimum_samples, cfg.max_tokens, lab.encoding.eot_token, generator)).cpu()
-
-    key = key_of(cfg, SFT + " split eval_prompts optimum_samples")
-    reward = torch.stack(lab.stages.share([(f"optimum-{i}", key, partial(make, i)) for i in range(len(parts))]))
-    return {**dpo.optimal_frontier(reward, torch.logspace(-3.5, 1.5, 400)), "ref_reward": reward.mean().item()}
 
 
 # -------------------------------------------------------------------------------------------------- the methods (Section 6)
@@ -251,9 +232,10 @@ def train_on_pairs(lab: Lab, policy: GPT, loss_function: Callable, run: Run) -> 
         loss.backward()
         optimizer.step()
         decay.step()
-        margin = (pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)                   # nats; times beta: rhat_w - rhat_l
-        return {"loss": loss.item(), "logp_w": pair.logp_w.mean().item(), "logp_l": pair.logp_l.mean().item(),
-                "margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()}
+        margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()        # nats; times beta: rhat_w - rhat_l
+        means = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin, "accuracy": (margin > 0).float(),
+                 "weight": torch.sigmoid(-run.setting * margin), "trained_tokens": mask.sum().float()}
+        return {name: x.mean().item() for name, x in means.items()}
 
     return len(batches), map(step, batches)
 
@@ -326,7 +308,7 @@ def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
 
 LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss,
           "constant_weight": dpo.constant_weight_loss}
-WATCHED = {"dpo", "unlikelihood"}    # whose policies are kept all the way: Fig. 3 right, Table 3
+WATCHED = {"dpo", "ppo", "unlikelihood"}    # whose policies are kept all the way, for figures
 
 
 def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[Job]:
@@ -340,12 +322,24 @@ def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, C
     return jobs
 
 
+def study(cfg: Config, stages: Stages, device: str) -> list[dict]:
+    """DPO once more with one obstacle at a time taken away, and each method at a third and at three times its learning rate."""
+    rows = []
+    for name, (fields, settings) in gap.variants(cfg).items():
+        lab = prepare(dataclasses.replace(cfg, **fields), stages, device, [])
+        runs = lab.stages.share(sweep(lab, settings), report=True)
+        found = [{"figure": "gap", "variant": name, **row} for run in runs for row in run["rows"] if row["final"]]
+        results.add_shares(found, frontier.optimum(lab, key_of(lab.cfg, OPTIMUM)))
+        rows += found
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------- the experiment
-def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], own: list[dict], device: str,
-               rank: int) -> int:
+def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], own: list[dict], with_study: bool,
+               device: str, rank: int) -> int:
     """Section 6, in its order, as one of several workers. Returns the exit code: 1 where a run failed or a point cannot be."""
-    lab = prepare(cfg, Stages(out), device, own)
-    optimum = optimum_of(lab)
+    lab = prepare(cfg, Stages(out, {}), device, own)
+    optimum = frontier.optimum(lab, key_of(cfg, OPTIMUM))
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     for seed in seeds:
         pairs = label(lab, "train", cfg.prompts, seed)
@@ -353,14 +347,15 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Ca
             results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs, lab.prompts)
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
                  "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
-    jobs = sweep(lab, {name: cfg.betas for name in students}, students) or [reward_model(lab, seed) for seed in seeds] \
-        + sweep(lab, baselines)
+    own_runs = sweep(lab, {name: cfg.betas for name in students}, students)
+    jobs = own_runs or [reward_model(lab, seed) for seed in seeds] + sweep(lab, baselines)
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
     measured = []
     if not students:
+        measured = [study(cfg, lab.stages, device)] if with_study else []
         lab = lab._replace(learned=learned_reward(lab, cfg.seed)[0])
-        measured = lab.stages.share([(f"figure-{name}", key_of(cfg, SFT + EVALUATION, source(module.__file__), [job[1] for job in jobs]),
-                                      partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
+        measured += lab.stages.share([(f"figure-{name}", key_of(cfg, SFT + EVALUATION, source(module.__file__), [job[1] for job in jobs]),
+                                       partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
     if rank:
         return 0
     if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
@@ -368,7 +363,8 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Ca
         done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job), job[1]))] + done
     sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(judge, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
-    return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure])
+    return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure],
+                           lab.stages.seconds)
 
 
 def main() -> int:
@@ -389,7 +385,7 @@ def main() -> int:
             return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
         torch.set_num_threads(1)
         end_with_parent()
-        return experiment(cfg, out, students, own, device, int(os.environ["RANK"]))
+        return experiment(cfg, out, students, own, args.study, device, int(os.environ["RANK"]))
     except (UserError, dpo.LossError) as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:

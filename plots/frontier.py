@@ -1,7 +1,12 @@
 """Fig. 2, left: true reward against KL(pi || pi_ref), every method under the exact optimum."""
+import statistics
+from functools import partial
+
 import torch
 from torch import Tensor
 
+import dpo
+from data import torch_rng
 from model import GPT, respond, response_kl, score_batches
 from plots import SOLID, plt, save, style
 
@@ -24,6 +29,18 @@ def measure(policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor], samples: int,
     return {"reward": mean_r, "reward_se": se_r, "kl": mean_kl, "kl_se": se_kl, "length": mask.sum(1).float().mean().item()}
 
 
+def optimum(lab, key: str) -> dict:
+    """The optimal frontier of the prompts that judge, from many responses of pi_ref to each; and pi_ref's own mean reward."""
+    cfg, parts = lab.cfg, list(zip(*(p.split(1) for p in lab.prompts)))
+
+    def make(i: int) -> Tensor:
+        generator = torch_rng("optimum", cfg.seed, i, device=lab.device)
+        return lab.reward(*respond(lab.ref, parts[i], cfg.optimum_samples, cfg.max_tokens, lab.encoding.eot_token, generator)).cpu()
+
+    reward = torch.stack(lab.stages.share([(f"optimum-{i}", key, partial(make, i)) for i in range(len(parts))]))
+    return {**dpo.optimal_frontier(reward, torch.logspace(-3.5, 1.5, 400)), "ref_reward": reward.mean().item()}
+
+
 def draw_optimum(axis, optimum: dict) -> None:
     """The optimal frontier: solid where its estimate rests on enough samples, dashed beyond, shaded where no policy can be."""
     points = sorted(zip(optimum["kl"], optimum["reward"], optimum["ess"]))
@@ -34,6 +51,19 @@ def draw_optimum(axis, optimum: dict) -> None:
     axis.plot(kl[max(solid - 1, 0):], reward[max(solid - 1, 0):], "--", color="0.25", lw=1.5)
 
 
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """One row for each method and setting, along its KL: means over seeds and, where there are several, their standard errors."""
+    groups, found = {}, []
+    for row in rows:
+        groups.setdefault((row["method"], row["setting"]), []).append(row)
+    for mine in groups.values():
+        mean = {name: statistics.fmean(row[name] for row in mine) for name in ("kl", "kl_se", "reward", "reward_se")}
+        if len(mine) > 1:
+            mean |= {f"{name}_se": statistics.stdev(row[name] for row in mine) / len(mine) ** .5 for name in ("kl", "reward")}
+        found.append({**mine[0], **mean})
+    return sorted(found, key=lambda row: row["kl"])
+
+
 def draw(rows: list[dict], optimum: dict, path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5.2))
     draw_optimum(axis, optimum)
@@ -41,22 +71,24 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
         mine = [row for row in rows if row["method"] == method]
         if not mine:
             continue
-        on_way = [row for row in mine if not row["final"] and row["kl"] <= RIGHT]
-        final = [row for row in mine if row["final"]]
+        on_way, final = [row for row in mine if not row["final"] and row["kl"] <= RIGHT], over_seeds([row for row in mine if row["final"]])
         axis.scatter([r["kl"] for r in on_way], [r["reward"] for r in on_way], s=9, color=colour, alpha=.35, lw=0)
+        if "best_of_n" in method:    # not trained: a curve over N
+            axis.plot([r["kl"] for r in final], [r["reward"] for r in final], ":", color=colour, marker=marker, ms=4, lw=1.2, label=label, zorder=3)
+            continue
         axis.errorbar([min(r["kl"], RIGHT) for r in final], [r["reward"] for r in final],
                       xerr=[r["kl_se"] if r["kl"] <= RIGHT else 0. for r in final], yerr=[r["reward_se"] for r in final],
                       fmt=marker, color=colour, ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1,
                       label=label, zorder=4, clip_on=False)
     height = 0.
-    for reward, kl in sorted((r["reward"], r["kl"]) for r in rows if r["final"] and r["kl"] > RIGHT):
-        height = max(reward, height + .025)    # labels of neighbours stand above each other
-        axis.annotate(f"KL {kl:.0f} \u2192", (RIGHT, height), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
+    far = over_seeds([row for row in rows if row["final"] and row["kl"] > RIGHT])
+    for r in sorted(far, key=lambda r: r["reward"]):
+        height = max(r["reward"], height + .025)    # labels of neighbours stand above each other
+        axis.annotate(f"KL {r['kl']:.0f} \u2192", (RIGHT, height), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
     bottom = min([row["reward"] for row in rows if row["kl"] <= RIGHT or row["final"]])
     axis.set(xlim=(-.2, RIGHT), ylim=(min(.45, bottom - .03), 1.02), xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats",
              ylabel="true reward (probability of positive sentiment)")
     axis.xaxis.label.set_size(12), axis.yaxis.label.set_size(12)
     axis.grid(alpha=.25)
-    axis.legend(loc="lower right", bbox_to_anchor=(.86, .01), fontsize=11, framealpha=.95)
+    axis.legend(loc="lower right", bbox_to_anchor=(.86, .01), fontsize=10, framealpha=.95)
     save(figure, path)
-

@@ -12,7 +12,7 @@ import torch
 
 import data
 import dpo
-from plots import SOLID, frontier, load_lines, style
+from plots import SOLID, cost, frontier, gap, load_lines, overoptimisation, style
 
 
 def add_shares(rows: list[dict], optimum: dict) -> None:
@@ -160,7 +160,8 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int) -> data.Preferenc
 
 # ------------------------------------------------------------------------------------------------------- all of it, at last
 DRAWN = {"frontier": frontier}    # from results.jsonl and optimum.json: draw(rows, optimum, path)
-MEASURED = {}                     # from policies, by measure(lab, runs) -> rows, kept in measured.jsonl: draw(rows, path)
+MEASURED = {"overoptimisation": overoptimisation}    # from policies, by measure(lab, runs) -> rows, kept in measured.jsonl: draw(rows, path)
+RECKONED = {"cost": cost, "gap": gap}                # from rows in measured.jsonl that need no policies: draw(rows, path)
 
 
 def draw_all(out: pathlib.Path) -> list[pathlib.Path]:
@@ -169,13 +170,15 @@ def draw_all(out: pathlib.Path) -> list[pathlib.Path]:
     optimum = json.loads((out / "optimum.json").read_text())
     for name, module in DRAWN.items():
         module.draw(rows, optimum, out / f"{name}.png")
-    there = [name for name in MEASURED if any(row["figure"] == name for row in measured)]
+    modules = {**MEASURED, **RECKONED}
+    there = [name for name in modules if any(row["figure"] == name for row in measured)]
     for name in there:
-        MEASURED[name].draw([row for row in measured if row["figure"] == name], out / f"{name}.png")
+        modules[name].draw([row for row in measured if row["figure"] == name], out / f"{name}.png")
     return [out / f"{name}.png" for name in [*DRAWN, *there]]
 
 
-def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict, measured: list[dict]) -> int:
+def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict, measured: list[dict],
+            seconds: dict[str, float]) -> int:
     """Write and draw all, the rows given and those of the runs; print the table and whatever is wrong. Returns the exit code."""
     rows = rows + [row for run in runs for row in run["rows"]] + [row for row in measured if row["figure"] == "best_of_n"]
     rows = [{**{name: x for name, x in row.items() if name != "figure"}, "config": config} for row in rows]
@@ -187,7 +190,7 @@ def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict
     write_lines(out / "failures.jsonl", failures)
     write_lines(out / "optimum.json", [optimum])
     if measured:
-        write_lines(out / "measured.jsonl", measured)
+        write_lines(out / "measured.jsonl", measured + cost.reckon(rows, optimum, seconds))
     draw_all(out)
     print(table(rows))
     for failure in failures:

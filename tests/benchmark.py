@@ -1,4 +1,4 @@
-"""How fast this repository is on this machine.    python -m tests.benchmark [--seconds 1.5] [--rounds 3] [--workers N] [--rows 1024]
+"""How fast this repository is on this machine.    python -m tests.benchmark [--help]
 
 Two shapes: train.py's default model with responses of 27 tokens, about as long as the experiment's are; and "the shape above", the
 same model with prompts of 4 and responses of 24 tokens, 11 prompts x 4 completions = 44 sequences and 66 pairs a DPO step, 4 epochs
@@ -11,6 +11,7 @@ The last line is one JSON object, for the shape above. A benchmark, not a test: 
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import pathlib
@@ -102,8 +103,8 @@ def ppo_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict]:
 
 def matmul_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict]:
     """The largest products of this model and nothing else: what it could reach."""
-    x, up, out = (torch.rand(n, m, device=device) for n, m in ((2048, shape.width), (shape.width, 4 * shape.width),
-                                                               (shape.width, shape.vocab_size)))
+    x, up, out = torch.rand(2048, shape.width, device=device), *(torch.rand(shape.width, n, device=device)
+                                                                 for n in (4 * shape.width, shape.vocab_size))
     while True:
         x @ up, x @ out
         yield {}
@@ -140,16 +141,16 @@ def measure(shape: Shape, device: str, args: argparse.Namespace, meet: Callable)
             took = time.perf_counter() - start
         for what, amount in done.items():
             rates[what].append(amount / took)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else held
-    return {**{what: statistics.median(rate) for what, rate in rates.items()}, "memory": memory}
+    rates["memory"] = [torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else
+                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)]
+    return {what: statistics.median(rate) for what, rate in rates.items()}
 
 
 def worker(shapes: dict[str, Shape], device: str, args: argparse.Namespace) -> None:
     """One of the processes: all meet before each measure; the first adds up and prints."""
     torch.set_num_threads(1)
     data.end_with_parent()
-    rank, world, meetings = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), iter(range(10**9))
+    rank, world, meetings = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), itertools.count()
     store = torch.distributed.FileStore(os.environ["BENCHMARK_STORE"], world)
 
     def meet() -> None:
@@ -157,12 +158,11 @@ def worker(shapes: dict[str, Shape], device: str, args: argparse.Namespace) -> N
         store.set(f"{here} {rank}", "")
         store.wait([f"{here} {other}" for other in range(world)])
 
-    mine = {name: measure(shape, device, args, meet) for name, shape in shapes.items()}
-    store.set(f"rates {rank}", json.dumps(mine))
-    if not rank:
+    store.set(f"rates {rank}", json.dumps({name: measure(shape, device, args, meet) for name, shape in shapes.items()}))
+    if rank == 0:
         parts = [json.loads(store.get(f"rates {other}")) for other in range(world)]
-        report({name: {what: (max if what == "memory" else sum)(part[name][what] for part in parts) for what in mine[name]}
-                for name in mine}, f"{world} process{'es' * (world > 1)} of one thread, {device}, torch {torch.__version__}")
+        report({name: {what: (max if what == "memory" else sum)(part[name][what] for part in parts) for what in parts[0][name]}
+                for name in shapes}, f"{world} process{'es' * (world > 1)} of one thread, {device}, torch {torch.__version__}")
 
 
 def report(rates: dict[str, dict[str, float]], title: str) -> None:
@@ -189,12 +189,12 @@ def main() -> int | None:
     for name, (default, low, high, meaning) in flags.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=f"{meaning} (default: {default})")
     args = parser.parse_args()
-    for name, (default, low, high, meaning) in flags.items():
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
+    for name, value in vars(args).items():
+        if not flags[name][1] <= value <= flags[name][2]:
+            parser.error(f"--{name} must be from {flags[name][1]} to {flags[name][2]}, not {value}")
     if "RANK" in os.environ:
-        shapes = {name: replace(shape, rows=args.rows, ppo_batch=min(shape.ppo_batch, args.rows)) for name, shape in SHAPES.items()}
-        return worker(shapes, "cuda" if torch.cuda.is_available() else "cpu", args)
+        return worker({name: replace(shape, rows=args.rows, ppo_batch=min(shape.ppo_batch, args.rows)) for name, shape in SHAPES.items()},
+                      "cuda" if torch.cuda.is_available() else "cpu", args)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BENCHMARK_STORE"] = f"{folder}/store"
         return data.launch(args.workers)

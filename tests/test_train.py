@@ -51,7 +51,7 @@ def test_a_run_writes_results_optimum_preferences_figure_and_table(tiny):
     assert {(r["method"], r["setting"]) for r in found} == {(r["method"], r["setting"]) for r in found if r["final"]}
     assert all(f"\n{method} " in printed for method in {r["method"] for r in found}), "the table lacks a method"
     assert (out / "frontier.png").read_bytes()[1:4] == b"PNG"
-    assert {"prompt", "chosen", "rejected"} == set(json.loads((out / "preferences-seed0.jsonl").read_text().splitlines()[0]))
+    assert {"prompt", "chosen", "rejected"} <= set(json.loads((out / "preferences-seed0.jsonl").read_text().splitlines()[0]))
 
 
 def test_the_optimum_reaches_far_and_its_lists_belong_together(tiny):

@@ -1,0 +1,48 @@
+"""PPO's learned reward against the true one: where the proxy rises and the truth does not follow (Gao et al. 2023, Fig. 1)."""
+import torch
+
+from data import torch_rng
+from model import respond, score_batches
+from plots import STYLE, plt, policy_of, save
+from plots.frontier import clustered
+
+SAMPLES = 8    # responses to each prompt
+
+
+def measure(lab, runs: list[dict]) -> list[dict]:
+    """True and learned reward of PPO's policies all the way, each in standard deviations above its mean under pi_ref."""
+    def rewards(state: dict, *names) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = respond(policy_of(lab, state), lab.prompts, SAMPLES, lab.cfg.max_tokens, lab.encoding.eot_token,
+                            torch_rng("overoptimisation", *names, device=lab.device))
+        with torch.no_grad():
+            return lab.reward(ids, mask), score_batches(lab.learned, ids, mask)
+
+    reference, rows = rewards({}, "sft"), []
+    mean, deviation = [r.mean() for r in reference], [r.std() for r in reference]
+    for run in (run for run in runs if run["method"] == "ppo" and run["seed"] == lab.cfg.seed):
+        for (step, state), at in zip(run["way"], run["rows"]):
+            true, learned = ((r - m) / d for r, m, d in zip(rewards(state, run["setting"], step), mean, deviation))
+            rows.append({"figure": "overoptimisation", "setting": run["setting"], "step": step, "kl": at["kl"]})
+            for name, r in (("true", true), ("learned", learned)):
+                rows[-1][name], rows[-1][f"{name}_se"] = clustered(r.view(-1, SAMPLES))
+    return rows
+
+
+def draw(rows: list[dict], path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 5))
+    colour = STYLE["ppo"][1]
+    settings = sorted({row["setting"] for row in rows})
+    for i, setting in enumerate(settings):
+        mine = sorted((row for row in rows if row["setting"] == setting), key=lambda row: row["step"])
+        for name, line, fill in (("learned", "--", "white"), ("true", "-", colour)):
+            axis.errorbar([r["kl"] for r in mine], [r[name] for r in mine], yerr=[r[f"{name}_se"] for r in mine], fmt=line, lw=1.2,
+                          marker="osD^v<>"[i % 7], ms=6, mfc=fill, color=colour, elinewidth=.8, alpha=.9)
+    for name, line, fill in (("learned reward (what PPO is paid)", "--", "white"), ("true reward", "-", colour)):
+        axis.plot([], [], line, marker="o", mfc=fill, color=colour, label=name)
+    for i, setting in enumerate(settings):
+        axis.plot([], [], "osD^v<>"[i % 7], color="0.4", label=f"target KL {setting:g}")
+    axis.set(xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats, during training", ylabel="reward, standard deviations above \u03c0_ref")
+    axis.xaxis.label.set_size(12), axis.yaxis.label.set_size(12)
+    axis.grid(alpha=.25)
+    axis.legend(fontsize=11, loc="lower right")
+    save(figure, path)
