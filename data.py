@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from typing import Callable, NamedTuple
 
 import tiktoken
@@ -277,12 +278,13 @@ def load_stage(path: pathlib.Path, key: str):
     """What a stage's file holds, {"key", "value", "seconds"}; None if it is missing, or unreadable, which is said."""
     try:
         stored = torch.load(path, weights_only=True)
+        assert zipfile.ZipFile(path).testzip() is None, "a part of it is not what was written"    # torch does not look at the checksums
         assert stored["key"] == key, "it was made with another configuration"
         return {"value": stored["value"], "seconds": stored["seconds"]}
     except FileNotFoundError:
         return None
     except Exception as error:    # whatever a truncated or foreign file makes the reader raise
-        print(f"{path} cannot be used and is made again ({type(error).__name__}: {str(error).splitlines()[0]})", flush=True)
+        print(f"{path} cannot be used and is made again ({type(error).__name__}: {' '.join(str(error).split())[:200]})", flush=True)
 
 
 Job = tuple[str, str, Callable]    # name, key, make() -> value
@@ -310,7 +312,7 @@ class Stages(NamedTuple):
                 stored = {"value": job[2](), "seconds": time.perf_counter() - start}
                 try:
                     torch.save({"key": job[1], **stored}, path.with_suffix(".partial"))
-                except RuntimeError as error:    # torch's word for a full disk
+                except (OSError, RuntimeError) as error:    # the second is torch's word for a full disk
                     raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from None
                 os.replace(path.with_suffix(".partial"), path)
         self.seconds[job[0]] = stored["seconds"]
@@ -332,6 +334,19 @@ class Stages(NamedTuple):
         return [self.stage(*job) for job in jobs]
 
 
+def choose_device(name: str | None) -> str:
+    """The device that was asked for, or the best there is. Raises UserError where there is no such device."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    mine = f":{os.environ['LOCAL_RANK']}" if there[0] == "cuda" and "LOCAL_RANK" in os.environ else ""    # torchrun: a GPU each
+    device = there[0] + mine if name is None else name
+    try:
+        assert device.split(":")[0] in there
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):
+        raise UserError(f"--device {device} is not on this machine; there is {', '.join(there)}") from None
+    return device
+
+
 def end_with_parent() -> None:
     """In a process that `launch` started: the end of its pipe is the end of the parent, however it came, and so its own."""
     if "PARENT" in os.environ:
@@ -339,14 +354,33 @@ def end_with_parent() -> None:
 
 
 def launch(workers: int) -> int:
-    """This command again as `workers` processes of one thread each, as torchrun would start them; their worst exit code."""
+    """This command again as `workers` processes of one thread each, as torchrun would start them; their worst exit code.
+
+    All have the same to say when all meet the same error: what begins with the program's name is passed on once.
+    """
     # glibc hands freed memory back and faults it in again, a third of the time of a small model's step, unless told to keep it.
     keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "1"}
-    children = [subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE,
+    children = [subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                  env={**os.environ, **keep, "RANK": str(rank), "WORLD_SIZE": str(workers), "PARENT": "train.py"})
                 for rank in range(workers)]
+    said = set()
+
+    def pass_on(child: subprocess.Popen) -> None:
+        for line in child.stderr:
+            if line not in said:
+                sys.stderr.write(line)
+            said.update([line] if line.startswith("train.py: ") else [])
+
+    listeners = [threading.Thread(target=pass_on, args=(child,), daemon=True) for child in children]
+    for listener in listeners:
+        listener.start()
     try:
-        return max((child.wait() for child in children), key=abs)
+        codes = [child.wait() for child in children]
     finally:
         for child in children:
             child.kill()
+        for listener in listeners:
+            listener.join()
+    if min(codes) < 0:
+        raise UserError(f"a worker was killed (signal {-min(codes)}): if memory ran out, take fewer --workers or smaller sizes")
+    return max(codes)

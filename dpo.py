@@ -7,7 +7,7 @@ its tokens, the end token included), in nats. B pairs, K ranked or N listed resp
 Losses are per example, (B,), never reduced: who trains takes the mean. This file needs nothing but torch.
 """
 import math
-import pathlib
+import os
 import runpy
 from typing import Callable, NamedTuple
 
@@ -164,52 +164,59 @@ class LossError(Exception):
     """A loss that cannot be used; the text names the file, the function, the line and the reason."""
 
 
-def line_of(error: Exception, path: str):
+def line_of(error: BaseException, path: str):
     """The last line of a file that an exception passed through."""
-    lines = [error.lineno] if isinstance(error, SyntaxError) else ["?"]
+    lines = [getattr(error, "lineno", None) or "?"]
     trace = error.__traceback__
     while trace:
-        if pathlib.Path(trace.tb_frame.f_code.co_filename).resolve() == pathlib.Path(path).resolve():
+        if os.path.realpath(trace.tb_frame.f_code.co_filename) == os.path.realpath(path):
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return lines[-1]
 
 
 def load_loss(name: str) -> Callable[[Pair, float], Tensor]:
-    """'my_loss.py:my_loss' -> that function, once it has been tried on a few pairs. Raises LossError."""
+    """'my_loss.py:my_loss' -> that function, tried on a few pairs and checked at every call. Raises LossError."""
     path, _, function = name.rpartition(":")
-    if not path or not pathlib.Path(path).is_file():
+    if not path or not os.path.isfile(path):
         raise LossError(f"--loss {name}: there is no file {path or name!r}; write FILE.py:FUNCTION")
-    try:
-        written = runpy.run_path(path).get(function)
-    except Exception as error:    # whatever a student's file may raise
-        raise LossError(f"--loss {name}: {path}, line {line_of(error, path)}: {type(error).__name__}: {error}") from None
+
+    def guarded(call: Callable, what: str):
+        try:
+            return call()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:    # whatever a student's file may raise, sys.exit() included
+            raise LossError(f"--loss {name}: {what} raised {type(error).__name__} in {path}, line {line_of(error, path)}: {error}") from None
+
+    written = guarded(lambda: runpy.run_path(path), "the file").get(function)
     if not callable(written):
         raise LossError(f"--loss {name}: {path} has no function {function}")
+    line = written.__code__.co_firstlineno if hasattr(written, "__code__") else "?"
+    where = f"--loss {name}: {function} ({path}, line {line})"
 
     def loss(pair: Pair, beta: float) -> Tensor:
-        try:
-            return written(pair, beta)
-        except Exception as error:
-            raise LossError(f"--loss {name}: {function} raised {type(error).__name__} in {path}, line {line_of(error, path)}: "
-                            f"{error}") from None
+        value = guarded(lambda: written(pair, beta), function)
+        if not isinstance(value, Tensor) or value.shape != pair.logp_w.shape or value.is_complex():
+            got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise LossError(f"{where} must return one real loss for each of the B pairs, of shape (B,), here {tuple(pair.logp_w.shape)}, "
+                            f"but gave {got}; the mean is taken by train.py")
+        return value
 
-    line = written.__code__.co_firstlineno if hasattr(written, "__code__") else "?"
-    try_loss(loss, f"--loss {name}: {function} ({path}, line {line})")
+    try_loss(loss, where)
     return loss
 
 
 def try_loss(loss: Callable, where: str, beta: float = .5) -> None:
-    """One call on ordinary pairs before anything is trained: shape, finiteness, a gradient. Raises LossError."""
+    """One call on ordinary pairs before anything is trained: a finite loss with a finite gradient. Raises LossError."""
     logp_w = torch.tensor([-20., -31., -25., -44., -28.], requires_grad=True)
     logp_l = torch.tensor([-22., -29., -40., -43., -26.], requires_grad=True)
     pair = Pair(logp_w, logp_l, logp_w.detach() - 1., logp_l.detach() + .5, torch.arange(20, 25), torch.arange(24, 29))
     value = loss(pair, beta)
-    if not isinstance(value, Tensor) or value.shape != (5,):
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"{where} must return one loss for each of the B pairs, of shape (B,), here (5,), but gave {got}; "
-                        "the mean is taken by train.py")
     if not value.isfinite().all():
         raise LossError(f"{where} is not finite on ordinary log-probabilities: {value.tolist()}")
-    if not value.requires_grad:
+    slopes = torch.autograd.grad(value.sum(), (logp_w, logp_l), allow_unused=True) if value.requires_grad else ()
+    if not any(slope is not None for slope in slopes):
         raise LossError(f"{where} has no gradient: it does not depend on logp_w or logp_l, or detaches them")
+    if not all(slope.isfinite().all() for slope in slopes if slope is not None):
+        raise LossError(f"{where} has a gradient that is not finite on ordinary log-probabilities")

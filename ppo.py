@@ -7,10 +7,11 @@ PPO here is no straw man. All of these are present (and tested):
   3. an adaptive coefficient c that steers the *sequence* KL to a target, its horizon in episodes -> `adapt`
   4. generalised advantage estimation, gamma 1, lambda .95, masked whitening                 -> `gae`, `whiten`
   5. clipped ratio and clipped values (.2), several epochs of minibatches; ratio 1 on the first -> `policy_loss`, `value_loss`
-  6. a value function of its own (not a head on the policy: their gradients do not fight), starting at 0
+  6. a value function of its own (not a head on the policy: their gradients do not fight), fitted to the scores of pi_ref's
+     samples before PPO begins; after that only its last layer learns                         -> `fit_values`
   7. Adam with eps 1e-5, a learning rate annealed to 0; no dropout; sampling and scoring at temperature 1
 Left out: an entropy bonus (the KL penalty has one in it), a penalty for a missing end token (it would not be the true reward),
-reward clipping (the reward is bounded), a warm-up of the value function.
+reward clipping (the reward is bounded).
 
 *Objective* is what is maximised, *loss* what is minimised. B episodes, T positions; a mask (B, T) says which are response tokens.
 """
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Preferences, UserError, prompt_batch
-from model import GPT, response_logp, response_mask, sample, schedule, score_batches
+from model import GPT, response_logp, response_mask, sample, schedule, score_batches, state_of
 
 
 # ---------------------------------------------------------------------------------------------------- the reward model
@@ -55,16 +56,16 @@ def reward_model_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
     return -F.logsigmoid(r_w - r_l)
 
 
-def train_reward_model(cfg, ref: GPT, pairs: Preferences, held_out: Preferences, batches: list, device: str):
+def train_reward_model(cfg, ref: GPT, pairs: Preferences, held_out: Preferences, batches: list, device: str) -> dict:
     """Eq. 2 on the pairs, from the SFT model; the epoch with the best accuracy on held-out pairs is kept (App. C.1).
 
-    `batches` are epochs of batches of prompts; cfg.rm_lr is the peak learning rate. Returns the model, its
-    accuracy and its rewards of the held-out completions (C,).
+    `batches` are epochs of batches of prompts; cfg.rm_lr is the peak learning rate. Returns the model's parameters, its
+    accuracy, and mean and standard deviation of its rewards of the held-out completions.
     """
     if not len(held_out.winner):
         raise UserError("no two held-out completions differ in reward, so the reward model cannot be judged: take more --prompts")
     model = ScalarModel(ref)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, weight_decay=0.)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, weight_decay=0., fused=True)
     decay, best, kept = schedule(optimizer, sum(map(len, batches))), -1., None
     for epoch in batches:
         for prompts in epoch:
@@ -80,9 +81,8 @@ def train_reward_model(cfg, ref: GPT, pairs: Preferences, held_out: Preferences,
         accuracy = (r[held_out.winner] > r[held_out.loser]).float().mean().item()
         print(f"reward model: loss {loss.item():.3f}, accuracy on held-out pairs {accuracy:.3f}", flush=True)
         if accuracy > best:
-            best, kept, rewards = accuracy, copy.deepcopy(model.state_dict()), r
-    model.load_state_dict(kept)
-    return model, best, rewards
+            best, kept, rewards = accuracy, state_of(model), r
+    return {"model": kept, "accuracy": best, "mean": rewards.mean().item(), "deviation": rewards.std().item()}
 
 
 # ------------------------------------------------------------------------------------------------------- PPO, in pieces
@@ -139,19 +139,51 @@ def adapt(coefficient: float, kl: float, target: float, episodes: int, horizon: 
 
 
 # --------------------------------------------------------------------------------------------------------- PPO, as a recipe
+def states_of(critic: ScalarModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """The critic's hidden states in which the M response tokens were chosen, one position before each. (B, T), (B, T) -> (M, W)"""
+    return critic.gpt.hidden(ids[:, :-1])[mask[:, 1:]]
+
+
+def placed(x: Tensor, mask: Tensor) -> Tensor:
+    """One number for each response token, where it stands: (M,), (B, T) -> (B, T), 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor], batch: int, lr: float,
+               generator: torch.Generator) -> dict[str, Tensor]:
+    """V(x, y_<t) = E[score | x, y_<t] under pi_ref, by regression on its own samples, once over: ids (C, T), mask (C, T).
+
+    PPO's advantages are as good as its values, and a few thousand episodes are too few to learn them from nothing.
+    Returns the parameters of a ScalarModel.
+    """
+    critic, device = ScalarModel(ref), ref.token.weight.device
+    with torch.no_grad():
+        scores = score_batches(score, ids.to(device), mask.to(device))                      # (C,)
+    order = torch.randperm(len(ids), generator=generator).split(batch)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, weight_decay=0., fused=True)
+    decay = schedule(optimizer, len(order))
+    for rows in order:
+        width = int(mask[rows].any(0).nonzero().max()) + 1
+        a, b = ids[rows, :width].to(device), mask[rows, :width].to(device)
+        value = critic.head(states_of(critic, a, b)).squeeze(-1)                            # (M,)
+        loss = ((value - scores[rows.to(device), None].expand(b.shape)[b]) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    print(f"values of pi_ref: squared error {loss.item():.2f} (1 if they knew nothing)", flush=True)
+    return state_of(critic)
+
+
 class Batch(NamedTuple):
-    """Episodes as they were sampled; all (B, T) but the score, (B,)."""
+    """Episodes as they were sampled; all (B, T) but the score, (B,), and the state, (M, W) for the M response tokens."""
     ids: Tensor
     mask: Tensor
     logp: Tensor         # under the policy that wrote them
     ref_logp: Tensor
-    value: Tensor        # of the state before each token
+    state: Tensor        # what the critic saw before each token
+    value: Tensor        # its value
     score: Tensor
-
-
-def values_of(critic: ScalarModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """V of the state in which each response token was chosen: read one position before it. (B, T), (B, T) -> (B, T)"""
-    return F.pad(critic(ids[:, :-1]), (1, 0)).masked_fill(~mask, 0.)
 
 
 @torch.no_grad()
@@ -160,8 +192,9 @@ def roll_out(policy: GPT, ref: GPT, critic: ScalarModel, prompts: tuple[Tensor, 
     """One episode for each prompt: sampled by the policy, judged by `score(ids, mask) -> (B,)`."""
     ids = sample(policy, *prompts, max_tokens, end, generator=generator)
     mask = response_mask(ids, prompts[1], max_tokens, end)
-    return Batch(ids, mask, response_logp(policy, ids, mask), response_logp(ref, ids, mask), values_of(critic, ids, mask),
-                 score(ids, mask))
+    state = states_of(critic, ids, mask)
+    return Batch(ids, mask, response_logp(policy, ids, mask), response_logp(ref, ids, mask), state,
+                 placed(critic.head(state).squeeze(-1), mask), score(ids, mask))
 
 
 def update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer, batch: Batch, coefficient: float, epochs: int,
@@ -176,7 +209,8 @@ def update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer, b
     for _ in range(epochs):
         for rows in torch.randperm(len(batch.ids), generator=generator, device=batch.ids.device).split(minibatch):
             ids, mask = batch.ids[rows], batch.mask[rows]
-            logp, value = response_logp(policy, ids, mask)[mask], values_of(critic, ids, mask)[mask]
+            value = placed(critic.head(batch.state).squeeze(-1), batch.mask)[rows][mask]
+            logp = response_logp(policy, ids, mask)[mask]
             loss = policy_loss(logp, batch.logp[rows][mask], advantages[rows][mask]).mean() \
                 + value_weight * value_loss(value, batch.value[rows][mask], returns[rows][mask]).mean()
             optimizer.zero_grad()
@@ -186,15 +220,17 @@ def update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer, b
 
 
 def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor], score: Callable[[Tensor, Tensor], Tensor], target: float,
-              end: int, generator: torch.Generator) -> Iterator[dict]:
+              end: int, generator: torch.Generator, values: dict[str, Tensor] | None = None) -> Iterator[dict]:
     """PPO to a target KL (nats a sequence): yields what is worth printing after every step. `cfg` has the fields ppo_*.
 
     `score(ids, mask) -> (B,)` is the reward of whole texts: learned (PPO) or true (PPO-GT). prompts (N, P), lengths (N,).
+    `values` are those of `fit_values`; without them the critic starts from pi_ref's states and at 0.
     """
     critic = ScalarModel(ref)
-    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=cfg.ppo_lr, eps=1e-5)
+    critic.load_state_dict(values or critic.state_dict())
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic.head.parameters()], lr=cfg.ppo_lr, eps=1e-5, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / cfg.ppo_steps)
-    device, coefficient = prompts[0].device, cfg.ppo_coefficient
+    device, coefficient = prompts[0].device, cfg.ppo_coefficient / target    # near the optimum a nat is worth less, the more there are
     for _ in range(cfg.ppo_steps):
         # 1. roll out: several episodes for each of some prompts.
         drawn = torch.randint(len(prompts[0]), (cfg.ppo_batch // cfg.completions,), generator=generator, device=device)

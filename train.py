@@ -11,10 +11,14 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
+
+if __name__ == "__main__":    # before torch is imported, which takes seconds; what is finished is in its file, so nothing need be tidied
+    signal.signal(signal.SIGINT, lambda *_: ("RANK" in os.environ or os.write(2, b"stopped; the same command goes on from here\n"), os._exit(130)))
 
 import torch
 from torch import Tensor
@@ -36,7 +40,7 @@ def option(default, meaning: str, low: float = 0, high: float = math.inf, choice
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = option(0, "seed of the corpus and of pi_ref, and the first of the experiments' seeds")
+    seed: int = option(0, "seed of the corpus and of pi_ref, and the first of the experiments' seeds", 0, 2**53)
     seeds: int = option(1, "experiments, each with its own preferences, reward model and policies", 1, 100)
     split: str = option("test", "whose prompts judge policies: test for results, validation for tuning",
                         choices=("test", "validation"))
@@ -60,7 +64,7 @@ class Config:
     # DPO and the other losses on pairs (App. B)
     betas: tuple[float, ...] = option((.5, 1., 2., 4.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
     alphas: tuple[float, ...] = option((.05, .1, .5, 1.), "alpha of Unlikelihood, a list (the paper's)", 0, 1e6)
-    preferred_runs: int = option(5, "runs of Preferred-FT, each in an order of its own", 0, 100)
+    preferred_runs: int = option(4, "runs of Preferred-FT, each in an order of its own", 0, 100)
     batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1, 10**5)
     lr: float = option(2.5e-4, "peak learning rate on pairs, after 10% warm-up, then linear to 0", 1e-12, 10)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
@@ -68,12 +72,12 @@ class Config:
     rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
     rm_lr: float = option(1e-3, "peak learning rate of the reward model", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
-    ppo_steps: int = option(80, "batches of episodes", 1, 10**6)
+    ppo_steps: int = option(120, "batches of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(128, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(2, "passes over a batch", 1, 100)
     ppo_lr: float = option(7e-4, "learning rate of policy and values, linear to 0", 1e-12, 10)
-    ppo_coefficient: float = option(.3, "price of a nat to start with, in standard deviations of the reward", 1e-9, 1e6)
+    ppo_coefficient: float = option(.55, "price of a nat to start with, at target 1, in standard deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts that judge every policy, and the optimum", 2, 10**5)
@@ -103,8 +107,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--pairs", metavar="FILE.jsonl", help="preferences of your own, a JSON object a line: prompt, chosen, rejected")
     parser.add_argument("--study", action="store_true", help="also run DPO without one obstacle at a time, for plots/gap.py and the README")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes that share the sweep (default: one a core, at most 16; on a GPU 4)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the sweep (default: one a core, at most 16; GPU: 4)")
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, type=partial(data.parse, flag, f), metavar="N", default=argparse.SUPPRESS,
@@ -112,8 +115,12 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     cfg = dataclasses.replace(Config(**PRESETS[args.preset]), **given)
+    needed = 20 * (12 * cfg.layers * cfg.width**2 + cfg.vocab_size * cfg.width) + 9 * cfg.prompts * cfg.completions * cfg.max_tokens
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")    # bytes; needed: weights, gradients, Adam's, pi_ref; ids, masks
     for wrong, message in (
             (args.workers is not None and not 0 < args.workers < 257, f"--workers must be from 1 to 256, not {args.workers}"),
+            (args.out == "", "--out names no folder"),
+            (needed > there, f"these sizes need at least {needed / 1e9:,.0f} GB of memory and there are {there / 1e9:.0f}: take smaller ones"),
             (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
             (cfg.prompts > .8 * cfg.reviews, f"--prompts {cfg.prompts} is more than 80% of --reviews {cfg.reviews}, the train reviews"),
             (cfg.eval_prompts > .1 * cfg.reviews, f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews {cfg.reviews}"),
@@ -157,13 +164,12 @@ class Lab(NamedTuple):
         return data.true_reward(self.encoding, ids, mask)
 
 
-def prepare(cfg: Config, stages: Stages, device: str, own: list[dict]) -> Lab:
+def prepare(cfg: Config, stages: Stages, device: str, own: list[dict] = [], path: str | None = None) -> Lab:
     """Corpus, tokenizer, pi_ref, the prompts that judge, and the user's own pairs, if there are any."""
-    stage = stages.stage
-    corpus = stage("corpus", key_of(cfg, CORPUS), partial(data.write_corpus, cfg.reviews, cfg.seed))
-    ranks = stage("tokenizer", key_of(cfg, CORPUS), partial(data.learn_ranks, corpus["train"][:150], cfg.vocab_size))
-    encoding = data.make_encoding(ranks)
-    pairs = results.encode_pairs(encoding, own, cfg.max_tokens) if own else None
+    corpus = stages.stage("corpus", key_of(cfg, CORPUS), partial(data.write_corpus, cfg.reviews, cfg.seed))
+    learn = partial(data.learn_ranks, corpus["train"][:150], cfg.vocab_size)
+    encoding = data.make_encoding(stages.stage("tokenizer", key_of(cfg, CORPUS), learn))
+    pairs = results.encode_pairs(encoding, own, cfg.max_tokens, path) if own else None
     config = GPTConfig(cfg.vocab_size, cfg.max_tokens + data.PROMPT, cfg.layers, cfg.heads, cfg.width)
     ref = GPT(config, torch_rng("init", cfg.seed)).to(device)
 
@@ -173,7 +179,7 @@ def prepare(cfg: Config, stages: Stages, device: str, own: list[dict]) -> Lab:
         batches = [order[i:i + cfg.sft_batch] for i in range(0, len(order), cfg.sft_batch)]
         return state_of(fit(ref, *data.pad(rows, encoding.eot_token), batches, cfg.sft_lr))
 
-    ref.load_state_dict(stage("sft", key_of(cfg, SFT), train_sft))
+    ref.load_state_dict(stages.stage("sft", key_of(cfg, SFT), train_sft))
     ref.requires_grad_(False)
     prompts = data.make_prompts(encoding, corpus[cfg.split][:cfg.eval_prompts], rng("judge", cfg.seed))
     lab = Lab(cfg, stages, device, encoding, corpus, ref, tuple(p.to(device) for p in prompts), None, "")
@@ -219,7 +225,7 @@ def train_on_pairs(lab: Lab, policy: GPT, loss_function: Callable, run: Run) -> 
     """DPO, or any other loss on pairs (App. B): the number of steps, and the steps."""
     cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, run.seed)
     batches = [b for e in range(cfg.epochs) for b in data.prompt_order(pairs, cfg.batch_prompts, torch_rng("order", *run[1:], e))]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0., fused=True)
     decay = schedule(optimizer, len(batches))
 
     def step(prompts: Tensor) -> dict[str, float]:
@@ -246,8 +252,7 @@ def reward_model(lab: Lab, seed: int) -> Job:
         cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
         held_out = label(lab, "validation", min(-(-cfg.prompts // 8), len(lab.corpus["validation"])), seed)
         epochs = [data.prompt_order(pairs, cfg.batch_prompts, torch_rng("reward model", seed, e)) for e in range(cfg.rm_epochs)]
-        model, accuracy, r = ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
-        return {"model": state_of(model), "accuracy": accuracy, "mean": r.mean().item(), "deviation": r.std().item()}
+        return ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
 
     return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed, lab.pairs_key), make
 
@@ -261,22 +266,16 @@ def learned_reward(lab: Lab, seed: int) -> tuple[Callable, float, float]:
 
 def ppo_run(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
     """PPO on the learned reward, PPO-GT on the true one: each with mean 0 and deviation 1 on responses of pi_ref."""
-    cfg = lab.cfg
-    if run.method == "ppo":
-        reward, mean, deviation = learned_reward(lab, run.seed)
-    else:
-        made = complete(lab, "train", cfg.prompts, run.seed)["reward"]
-        reward, mean, deviation = lab.reward, made.mean().item(), made.std().item()
+    cfg, made = lab.cfg, complete(lab, "train", lab.cfg.prompts, run.seed)
+    reward, mean, deviation = learned_reward(lab, run.seed) if run.method == "ppo" \
+        else (lab.reward, made["reward"].mean().item(), made["reward"].std().item())
+    score = lambda ids, mask: (reward(ids, mask) - mean) / deviation
+    key = key_of(cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), run.seed, lab.pairs_key * (run.method == "ppo"))
+    values = lab.stages.stage(f"values-{run.method}-seed{run.seed}", key, partial(
+        ppo.fit_values, lab.ref, made["ids"], made["mask"], score, 4 * cfg.batch_prompts, cfg.rm_lr, torch_rng("values", run.seed)))
     prompts = data.make_prompts(lab.encoding, lab.corpus["train"][:cfg.prompts], rng("prompts", "train", run.seed))
-    return cfg.ppo_steps, ppo.train_ppo(cfg, policy, lab.ref, tuple(p.to(lab.device) for p in prompts),
-                                        lambda ids, mask: (reward(ids, mask) - mean) / deviation, run.setting, lab.encoding.eot_token,
-                                        torch_rng(*run, device=lab.device))
-
-
-def judge(lab: Lab, policy: GPT, samples: int, *names) -> dict[str, float]:
-    """Reward and KL of a policy on the prompts that judge (plots/frontier.py)."""
-    return frontier.measure(policy, lab.ref, lab.prompts, samples, lab.cfg.max_tokens, lab.encoding.eot_token, lab.reward,
-                            torch_rng("judge", *names, device=lab.device))
+    return cfg.ppo_steps, ppo.train_ppo(cfg, policy, lab.ref, tuple(p.to(lab.device) for p in prompts), score, run.setting,
+                                        lab.encoding.eot_token, torch_rng(*run, device=lab.device), values)
 
 
 def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
@@ -290,7 +289,7 @@ def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
             seconds += time.perf_counter() - start
             judged, last = {}, step == steps
             if last or step % -(-steps // cfg.evaluations) == 0:
-                judged = judge(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
+                judged = frontier.measure(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
                 mean = {name: sum(s[name] for s in since) / len(since) for name in since[0]}    # over the steps since the last row
             if wrong := [name for name, x in {**values, **judged}.items() if not math.isfinite(x)]:
                 raise FloatingPointError(f"{', '.join(wrong)} not finite")
@@ -326,7 +325,7 @@ def study(cfg: Config, stages: Stages, device: str) -> list[dict]:
     """DPO once more with one obstacle at a time taken away, and each method at a third and at three times its learning rate."""
     rows = []
     for name, (fields, settings) in gap.variants(cfg).items():
-        lab = prepare(dataclasses.replace(cfg, **fields), stages, device, [])
+        lab = prepare(dataclasses.replace(cfg, **fields), stages, device)
         runs = lab.stages.share(sweep(lab, settings), report=True)
         found = [{"figure": "gap", "variant": name, **row} for run in runs for row in run["rows"] if row["final"]]
         results.add_shares(found, frontier.optimum(lab, key_of(lab.cfg, OPTIMUM)))
@@ -335,24 +334,23 @@ def study(cfg: Config, stages: Stages, device: str) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the experiment
-def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], own: list[dict], with_study: bool,
-               device: str, rank: int) -> int:
+def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], own: list[dict], args: argparse.Namespace,
+               device: str) -> int:
     """Section 6, in its order, as one of several workers. Returns the exit code: 1 where a run failed or a point cannot be."""
-    lab = prepare(cfg, Stages(out, {}), device, own)
+    rank, lab = int(os.environ["RANK"]), prepare(cfg, Stages(out, {}), device, own, args.pairs)
     optimum = frontier.optimum(lab, key_of(cfg, OPTIMUM))
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    for seed in seeds:
-        pairs = label(lab, "train", cfg.prompts, seed)
-        if not rank and not own:
+    for seed in seeds if not own else []:
+        pairs = label(lab, "train", cfg.prompts, seed)    # made by all workers, written by one
+        if not rank:
             results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs, lab.prompts)
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
                  "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
-    own_runs = sweep(lab, {name: cfg.betas for name in students}, students)
-    jobs = own_runs or [reward_model(lab, seed) for seed in seeds] + sweep(lab, baselines)
+    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [reward_model(lab, s) for s in seeds] + sweep(lab, baselines)
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
     measured = []
     if not students:
-        measured = [study(cfg, lab.stages, device)] if with_study else []
+        measured = [study(cfg, lab.stages, device)] if args.study else []
         lab = lab._replace(learned=learned_reward(lab, cfg.seed)[0])
         measured += lab.stages.share([(f"figure-{name}", key_of(cfg, SFT + EVALUATION, source(module.__file__), [job[1] for job in jobs]),
                                        partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
@@ -361,39 +359,40 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Ca
     if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
         jobs = sweep(lab._replace(pairs=None, pairs_key=""), results.trained(out, baselines))
         done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job), job[1]))] + done
-    sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(judge, lab, lab.ref, cfg.eval_samples, "sft"))
+    sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(frontier.measure, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
     return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure],
                            lab.stages.seconds)
 
 
+def say(what) -> None:
+    """One line on stderr, whatever newlines a file's name or an exception may hold."""
+    print("train.py: " + " ".join(str(what).split()), file=sys.stderr)
+
+
 def main() -> int:
     try:
         cfg, args = read_flags(sys.argv[1:])
-        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-        mine = f":{os.environ['LOCAL_RANK']}" if there[0] == "cuda" and "LOCAL_RANK" in os.environ else ""    # torchrun: a GPU each
-        device = args.device or there[0] + mine
-        if device.split(":")[0] not in there:
-            raise UserError(f"--device {device} is not on this machine; there is {', '.join(there)}")
+        device = data.choose_device(args.device)
         students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
-        if len(students) < len(args.loss) or set(students) & {*STYLE}:
-            raise UserError(f"--loss: each needs a name of its own, and not that of a method that is there: {', '.join(students)}")
-        own = results.read_pairs(args.pairs) if args.pairs else []
-        out = pathlib.Path(args.out or f"runs/{args.preset}")
+        if len(students) < len(args.loss) or any(name in STYLE or len(name) > 100 for name in students):
+            raise UserError(f"--loss: each needs a short name of its own, and not that of a method that is there: {', '.join(students)}")
+        own = results.read_pairs(args.pairs) if args.pairs is not None else []
+        out = pathlib.Path(f"runs/{args.preset}" if args.out is None else args.out)
         out.mkdir(parents=True, exist_ok=True)
         if "RANK" not in os.environ:
             return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
         torch.set_num_threads(1)
         end_with_parent()
-        return experiment(cfg, out, students, own, args.study, device, int(os.environ["RANK"]))
+        return experiment(cfg, out, students, own, args, device)
     except (UserError, dpo.LossError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say(error)
     except OSError as error:
-        print(f"train.py: cannot write or read {error.filename}: {error.strerror}; free it, or choose another --out", file=sys.stderr)
-    except KeyboardInterrupt:
-        if "RANK" not in os.environ:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        say(f"cannot write or read {error.filename or 'the output'}: {error.strerror}; free it, or choose another --out")
+    except (MemoryError, RuntimeError) as error:    # the second is torch's
+        if "memory" not in f"{type(error)} {error}".lower():
+            raise
+        say("out of memory; choose fewer --workers, or smaller --width, --batch-prompts or --optimum-samples")
     return 2
 
 

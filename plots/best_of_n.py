@@ -13,7 +13,7 @@ from model import respond, score_batches
 from plots import plt, save, style
 from plots.frontier import clustered
 
-POOL = 1024                             # responses to each prompt, at most
+POOL = 512    # responses of pi_ref to each prompt
 NS = [2 ** i for i in range(9)]         # 1 to 256; more would need a larger pool
 
 
@@ -40,7 +40,7 @@ def best_of_n_weights(score: Tensor, n: int, logp: Tensor | None = None) -> Tens
 
 def best_of_n_kl(score: Tensor, n: int, logp: Tensor | None = None) -> Tensor:
     """KL(best of N || one draw), nats: (..., M) -> (...). At most `kl_bound`, and that much where M >> N and scores differ."""
-    return (best_of_n_weights(score, n, logp) * best_of_n_log_ratio(score, n, logp)).sum(-1)
+    return (best_of_n_weights(score, n, logp) * best_of_n_log_ratio(score, n, logp)).sum(-1).clamp(min=0)    # rounding at N = 1
 
 
 def kl_bound(n: int) -> float:
@@ -53,7 +53,10 @@ def measure(lab, _) -> list[dict]:
     cfg, prompts = lab.cfg, len(lab.prompts[0])
     generator = data.torch_rng("best of n", cfg.seed, device=lab.device)
     ids, mask = respond(lab.ref, lab.prompts, min(POOL, cfg.optimum_samples), cfg.max_tokens, lab.encoding.eot_token, generator)
-    learned, true, length = (x.cpu().view(prompts, -1) for x in (score_batches(lab.learned, ids, mask), lab.reward(ids, mask), mask.sum(1)))
+    by_length = mask.sum(1).argsort()                                                    # like with like: half as much filler
+    learned = score_batches(lab.learned, ids[by_length], mask[by_length])[by_length.argsort()]
+    learned = learned.round(decimals=4)                                                  # one text, one score, whatever its batch
+    learned, true, length = (x.cpu().view(prompts, -1) for x in (learned, lab.reward(ids, mask), mask.sum(1)))
     review = torch.tensor([data.sentiment(text) for text in lab.corpus[cfg.split][:prompts]])[:, None]    # (X, 1)
     means = {"reward": true, "win_rate": (true > review) + .5 * (true == review), "length": length}    # of each response, (X, M)
     rows = []
@@ -71,14 +74,14 @@ def measure(lab, _) -> list[dict]:
 
 def draw(rows: list[dict], path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
-    for method in dict.fromkeys(row["method"] for row in rows):
+    bound = sorted({(row["setting"], row["kl_bound"]) for row in rows})
+    right.plot(*zip(*bound), color="0.25", lw=1.5, label="bound: log N \u2212 (N \u2212 1)/N")
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):    # side by side, or one inside the other where equal
         label, colour, marker = style([method])[method]
         mine = [row for row in rows if row["method"] == method]
-        for axis, name in ((left, "win_rate"), (right, "kl")):
-            axis.errorbar([row["setting"] for row in mine], [row[name] for row in mine], [row[name + "_se"] for row in mine],
-                          fmt=marker + "-", color=colour, ms=8, mec="white", mew=.7, elinewidth=1, capsize=3, label=label)
-    bound = sorted({(row["setting"], row["kl_bound"]) for row in rows})
-    right.plot(*zip(*bound), "--", color="0.25", lw=1.5, label="log N \u2212 (N \u2212 1)/N", zorder=1)
+        for axis, name, shift, line, size in ((left, "win_rate", 1.03 ** (2 * i - 1), "-", 8), (right, "kl", 1., "", 12 - 5 * i)):
+            axis.errorbar([row["setting"] * shift for row in mine], [row[name] for row in mine], [row[name + "_se"] for row in mine],
+                          fmt=marker + line, color=colour, ms=size, mec="white", mew=.7, elinewidth=1, capsize=3, label=label)
     left.axhline(.5, color="0.6", lw=1)
     for axis, name in ((left, "win rate against the review itself"), (right, "KL(Best-of-N \u2016 \u03c0_ref), nats")):
         axis.set_xscale("log", base=2)
@@ -86,6 +89,5 @@ def draw(rows: list[dict], path) -> None:
         axis.set_xlabel("N, responses to choose from", fontsize=12)
         axis.set_ylabel(name, fontsize=12)
         axis.grid(alpha=.25)
-    left.legend(loc="lower right", fontsize=11)
     right.legend(loc="upper left", fontsize=11)
     save(figure, path)

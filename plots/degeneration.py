@@ -37,9 +37,9 @@ def judge(lab, policy, *names) -> dict:
 
 
 def shown(runs: list[dict]) -> list[dict]:
-    """DPO and its constant weight near KL 2; Unlikelihood at its smallest and largest alpha, of the first seed, failed or not."""
+    """DPO and its constant weight near KL 2; Unlikelihood at its largest and smallest alpha, of the first seed, failed or not."""
     alphas = sorted((run for run in runs if run["method"] == "unlikelihood" and run["seed"] == runs[0]["seed"]), key=lambda run: run["setting"])
-    return [run for run in (nearest(runs, "dpo"), nearest(runs, "constant_weight"), *alphas[:1], *alphas[1:][-1:]) if run]
+    return [run for run in (nearest(runs, "dpo"), nearest(runs, "constant_weight"), *alphas[-1:], *alphas[:-1][:1]) if run]
 
 
 def measure(lab, runs: list[dict]) -> list[dict]:
@@ -54,7 +54,7 @@ def measure(lab, runs: list[dict]) -> list[dict]:
 
 def draw(rows: list[dict], path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.6), sharex=True)
-    start, lines, samples = rows[0], {}, []
+    start, lines, samples = rows[0], {}, ["At the end, the first response to the first prompt:"]
     for row in rows[1:]:
         lines.setdefault((row["method"], row["setting"]), []).append(row)
     drawn = []    # methods, in order: a second line of one is dashed
@@ -75,12 +75,12 @@ def draw(rows: list[dict], path) -> None:
         axis.grid(alpha=.25)
     for axis in axes[1]:
         axis.set_xlabel("step", fontsize=12)
-    axes[1, 0].legend(fontsize=10)
+    axes[1, 1].legend(fontsize=10, loc="lower right")
     figure.supxlabel("\n".join(samples), x=.02, ha="left", fontsize=10)
     save(figure, path)
 
 
-def readable(text: str, width: int = 88) -> str:
+def readable(text: str, width: int = 100) -> str:
     """One line of printable ASCII: a degenerate policy writes any bytes."""
     text = "".join(c if c.isascii() and c.isprintable() else "?" for c in text).replace("$", "\\$")
     return text if len(text) <= width else text[:width] + " ..."

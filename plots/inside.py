@@ -29,7 +29,7 @@ def draw(rows: list[dict], _, path) -> None:
     figure, axes = plt.subplots(2, columns, figsize=(4.3 * columns, 7), sharex=True, squeeze=False)
     betas = sorted({row["setting"] for row in rows})
     for i, beta in enumerate(betas):
-        colour = plt.colormaps["cividis"](.9 * (1 - i / max(len(betas) - 1, 1)))          # light to dark: how large beta is
+        colour = plt.colormaps["cividis"](.85 * (1 - i / max(len(betas) - 1, 1)))          # light to dark: how large beta is
         for name, axis in zip(names, axes.T.flat):
             x, mean, se = curve([row for row in rows if row["setting"] == beta], name)
             axis.plot(x, mean, "o-", color=colour, ms=5, label=f"\u03b2 = {beta:g}")
@@ -37,8 +37,9 @@ def draw(rows: list[dict], _, path) -> None:
     for axis, name in zip(axes.T.flat, names):
         axis.set_title(PANELS[name], fontsize=12)
         axis.grid(alpha=.25)
-    for axis in axes[1]:
+    for axis in {*axes[1], axes.T.flat[len(names) - 1]}:    # also above the empty place of an odd number of panels
         axis.set_xlabel("step", fontsize=12)
+        axis.tick_params(labelbottom=True)
     finish(figure, axes.T, len(names))
     save(figure, path)
 
@@ -53,5 +54,5 @@ def finish(figure, axes, panels: int) -> None:
     handles, labels = chosen.get_legend_handles_labels()
     for axis in axes.flat[panels:]:
         axis.axis("off")
-    axis = axes.flat[panels] if panels < axes.size else axes.flat[2]
-    axis.legend(handles, labels, fontsize=12, loc="center" if panels < axes.size else "upper left")
+    axis = axes.flat[min(panels, axes.size - 1)]
+    axis.legend(handles, labels, fontsize=12, loc="center" if panels < axes.size else "lower right")

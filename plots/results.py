@@ -12,18 +12,18 @@ import torch
 
 import data
 import dpo
-from plots import SOLID, cost, frontier, gap, load_lines, overoptimisation, style
+from plots import SOLID, best_of_n, cost, degeneration, frontier, gap, inside, load_lines, overoptimisation, samples, style
 
 
 def add_shares(rows: list[dict], optimum: dict) -> None:
     """Adds to each row the most that is possible at its KL, F, and the share of that gain that was attained.
 
-    share = (E_pi[r] - E_ref[r]) / (F(KL) - E_ref[r]); its standard error moves reward and KL, each by its own. None for SFT, whose
-    gain is 0, and where the curve ends.
+    share = (E_pi[r] - E_ref[r]) / (F(KL) - E_ref[r]); its standard error moves reward and KL, each by its own. None for SFT and
+    Best-of-1, whose gain is 0, and where the curve ends.
     """
     for row in rows:
         row.update(optimal_reward=None, share=None, share_se=None)
-        if row["method"] == "sft" or row["kl"] > max(optimum["kl"]):
+        if row["kl"] < 1e-6 or row["kl"] > max(optimum["kl"]):
             continue
         best, slope, _ = dpo.optimal_reward(row["kl"], optimum)
         gain = best - optimum["ref_reward"]
@@ -50,7 +50,7 @@ def impossible(rows: list[dict], optimum: dict) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The finished policies, as text."""
     lines = [f"{'method':<14}{'setting':>8}{'seed':>5}{'KL':>8}{'+-':>6}{'reward':>8}{'+-':>6}{'share':>7}{'+-':>6}{'seconds':>9}"]
-    for r in (row for row in rows if row["final"]):
+    for r in (row for row in rows if row["final"] and not ("best_of_n" in row["method"] and row["setting"] not in (4, 16, 64))):
         share = f"{r['share']:>7.0%}{r['share_se']:>6.0%}" if r["share"] is not None else f"{'-':>7}{'-':>6}"
         lines.append(f"{r['method']:<14}{r['setting']:>8g}{r['seed']:>5}{r['kl']:>8.2f}{r['kl_se']:>6.2f}{r['reward']:>8.3f}"
                      f"{r['reward_se']:>6.3f}{share}{r['seconds']:>9.0f}")
@@ -60,12 +60,15 @@ def table(rows: list[dict]) -> str:
 def trained(out: pathlib.Path, methods) -> dict[str, list[float]]:
     """The settings at which each method's runs lie in a folder: the file of a run is method-setting-seedN.key.pt."""
     files = [path.name for path in out.glob("*-seed*.pt")]
-    return {m: sorted({float(x[1]) for f in files if (x := re.match(rf"{m}-([^-]+(?:e-\d+)?)-seed\d+\.", f))}) for m in methods}
+    return {m: sorted({float(x[1]) for f in files if (x := re.match(rf"{m}-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed\d+\.", f))}) for m in methods}
 
 
 def write_lines(path: pathlib.Path, rows) -> None:
     """A row a line, as JSON, atomically."""
-    path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:    # a full disk has no file's name in its error
+        raise data.UserError(f"cannot write {path}: {error.strerror}; make room, or choose another --out") from None
     os.replace(path.with_suffix(".partial"), path)
 
 
@@ -102,11 +105,13 @@ def read_pairs(path: str) -> list[dict]:
     What a run exported also has `ids` (the tokens of the three), `group` and `rows` (which prompt, which of its completions).
     """
     try:
-        lines = pathlib.Path(path).read_text("utf-8").splitlines()
+        text = pathlib.Path(path).read_text("utf-8-sig").rstrip()
     except (OSError, ValueError) as error:
         raise data.UserError(f"--pairs: cannot read {path} as text ({error})") from None
+    if not text:
+        raise data.UserError(f"--pairs: {path} holds no pairs")
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):    # not splitlines(): JSON may hold what that splits at
         try:
             pair = json.loads(line)
             texts = [pair[name] for name in ("prompt", "chosen", "rejected")]
@@ -120,14 +125,12 @@ def read_pairs(path: str) -> list[dict]:
             if wrong:
                 raise data.UserError(f"{path}, line {number}: {why}")
         pairs.append(pair)
-    if not pairs:
-        raise data.UserError(f"{path} holds no pairs")
     return pairs
 
 
-def encode_pairs(encoding, pairs: list[dict], max_tokens: int) -> data.Preferences:
+def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> data.Preferences:
     """`read_pairs` as tokens, `ref` still 0. Pairs of one `group`, or else of equal prompts in lines that follow each other, share
-    completions. A prompt with fewer completions than others repeats its last. Raises data.UserError that names the pair."""
+    completions. A prompt with fewer completions than others repeats its last. Raises data.UserError that names the line of `path`."""
     end, groups, ends, last = encoding.eot_token, {}, [], 0    # group -> row -> (prompt, response)
     for number, pair in enumerate(pairs, 1):
         try:    # exact tokens where a text is still as it was exported, even if chosen and rejected were swapped since
@@ -141,9 +144,9 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int) -> data.Preferenc
             groups.setdefault(group, {}).update({row: (prompt, response) for row, response in zip(rows, two)})
             ends.append((group, *rows))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-            raise data.UserError(f"--pairs, pair {number}: ids, group or rows are not as a run exports them") from None
+            raise data.UserError(f"{path}, line {number}: ids, group or rows are not as a run exports them") from None
         if len(prompt) + max(map(len, two)) > data.PROMPT + max_tokens:
-            raise data.UserError(f"--pairs, pair {number}: {len(prompt) + max(map(len, two))} tokens do not fit into {data.PROMPT + max_tokens}: "
+            raise data.UserError(f"{path}, line {number}: {len(prompt) + max(map(len, two))} tokens do not fit into {data.PROMPT + max_tokens}: "
                             "shorten it, or take a larger --max-tokens")
     k = max(map(len, groups.values()))
     texts, place = [], {}
@@ -159,8 +162,8 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int) -> data.Preferenc
 
 
 # ------------------------------------------------------------------------------------------------------- all of it, at last
-DRAWN = {"frontier": frontier}    # from results.jsonl and optimum.json: draw(rows, optimum, path)
-MEASURED = {"overoptimisation": overoptimisation}    # from policies, by measure(lab, runs) -> rows, kept in measured.jsonl: draw(rows, path)
+DRAWN = {"frontier": frontier, "inside": inside}    # from results.jsonl and optimum.json: draw(rows, optimum, path)
+MEASURED = {"best_of_n": best_of_n, "degeneration": degeneration, "samples": samples, "overoptimisation": overoptimisation}    # from policies, by measure(lab, runs) -> rows, kept in measured.jsonl: draw(rows, path)
 RECKONED = {"cost": cost, "gap": gap}                # from rows in measured.jsonl that need no policies: draw(rows, path)
 
 

@@ -32,7 +32,8 @@ def cell(text: str) -> str:
 def draw(rows: list[dict], path) -> None:
     """A table for each prompt, written as PATH.md."""
     lines = ["# What the policies write", "", "One response of each policy to each prompt, the first that was drawn, with the true reward of prompt",
-             "and response together; of each method the policy whose KL is nearest to 2 nats."]
+             "and response together; of each method the policy whose KL is nearest to 2 nats. All were drawn with the same random numbers:",
+             "where two policies agree, so do their texts."]
     for index in sorted({row["index"] for row in rows}):
         mine = [row for row in rows if row["index"] == index]
         lines += ["", f"## {cell(mine[0]['prompt'])} ...", "", "| policy | setting | KL, nats | reward | response |", "|---|---|---|---|---|"]

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Callable, Iterator
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))    # `launch` starts this file by its path
@@ -52,7 +51,7 @@ SHAPES = {"the shape above": Shape(**STILL, max_tokens=24, batch_prompts=11, ppo
 
 
 # ------------------------------------------------------ units of work: each `next` does one and gives what it was, in counts
-def texts(shape: Shape, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def texts(shape: Shape, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random texts, K to a prompt, each response of full length: ids (C, T), prompt lengths (C,), mask (C, T)."""
     k, end, generator = shape.completions, shape.vocab_size - 1, torch_rng("texts")
     lengths = torch.randint(shape.shortest, shape.longest + 1, (shape.rows // k,), generator=generator).repeat_interleave(k)
@@ -152,7 +151,6 @@ def worker(shapes: dict[str, Shape], device: str, args: argparse.Namespace) -> N
     data.end_with_parent()
     rank, world, meetings = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), itertools.count()
     store = torch.distributed.FileStore(os.environ["BENCHMARK_STORE"], world)
-
     def meet() -> None:
         here = next(meetings)
         store.set(f"{here} {rank}", "")
@@ -167,14 +165,12 @@ def worker(shapes: dict[str, Shape], device: str, args: argparse.Namespace) -> N
 
 def report(rates: dict[str, dict[str, float]], title: str) -> None:
     """The table, and the JSON line."""
-    def line(label: str, *cells: str) -> None:
-        print(f"{label:<44}" + "".join(f"{cell:>24}" for cell in cells))
-
-    line(title, *rates)
+    row = "{:<44}{:>24}{:>24}".format
+    print(row(title, *rates))
     for key, (label, unit) in LABELS.items():
-        line(label, *(f"{r[key]:,.0f} {r['gflops ' + unit] / r['gflops matmul_unit']:6.0%}" for r in rates.values()))
-    line("matmul GFLOP/s, 100% of the percentages", *(f"{r['gflops matmul_unit']:,.1f}   100%" for r in rates.values()))
-    line("peak memory of a process, MB", *(f"{r['memory']:,.0f} {'':6}" for r in rates.values()))
+        print(row(label, *(f"{r[key]:,.0f} {r['gflops ' + unit] / r['gflops matmul_unit']:6.0%}" for r in rates.values())))
+    print(row("matmul GFLOP/s, 100% of the percentages", *(f"{r['gflops matmul_unit']:,.1f}   100%" for r in rates.values())))
+    print(row("peak memory of a process, MB", *(f"{r['memory']:,.0f} {'':6}" for r in rates.values())))
     above = rates["the shape above"]
     numbers = {key: above[key] for key in LABELS if key != "completions_per_s"}
     print(json.dumps({**numbers, "matmul_gflops": above["gflops matmul_unit"], "peak_memory_mb": above["memory"]}))
@@ -193,8 +189,8 @@ def main() -> int | None:
         if not flags[name][1] <= value <= flags[name][2]:
             parser.error(f"--{name} must be from {flags[name][1]} to {flags[name][2]}, not {value}")
     if "RANK" in os.environ:
-        return worker({name: replace(shape, rows=args.rows, ppo_batch=min(shape.ppo_batch, args.rows)) for name, shape in SHAPES.items()},
-                      "cuda" if torch.cuda.is_available() else "cpu", args)
+        sizes = {name: replace(s, rows=args.rows, ppo_batch=min(s.ppo_batch, args.rows)) for name, s in SHAPES.items()}
+        return worker(sizes, "cuda" if torch.cuda.is_available() else "cpu", args)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BENCHMARK_STORE"] = f"{folder}/store"
         return data.launch(args.workers)

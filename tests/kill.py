@@ -62,7 +62,7 @@ def interrupt(whom, out, flags, alone, r):
     _, said = process.communicate()
     took = time.time() - pressed
     polite = took < 2 and said.count("\n") == 1 and GOES_ON in said and process.returncode != 0
-    print(f"Ctrl-C: over after {took:.1f} s, exit code {process.returncode}, it said {said!r}\n" * (not polite), end="", flush=True)
+    print(f"Ctrl-C: over after {took:.1f} s, exit code {process.returncode}, it said {said[-200:]!r}\n" * (not polite), end="", flush=True)
     survived, equal, _ = completes(out, flags, alone["rows"])
     return polite and survived, equal
 

@@ -1,9 +1,7 @@
 """Planted bugs of the model and its sampler, of the task and its labels, of the reward model and of PPO. See mutants.py."""
-import copy
 import math
 import random
 import re
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -275,8 +273,7 @@ def last_column(original, mask):
     return torch.full((len(mask),), mask.shape[1] - 1)
 
 
-@plant("the critic shares its weights with the reference", "ppo.ScalarModel.__init__", "a_scalar_model_has_weights_of_its_own "
-       "updates_move_policy_and_critic_and_nothing_else")
+@plant("the critic shares its weights with the reference", "ppo.ScalarModel.__init__", "a_scalar_model_has_weights_of_its_own")
 def critic_shares_weights(original, self, gpt):
     original(self, gpt)
     self.gpt = gpt
@@ -288,10 +285,10 @@ def head_starts_anywhere(original, self, gpt):
     torch.nn.init.normal_(self.head.weight)
 
 
-@plant("the best epoch is remembered without a copy, so that the last is kept", "ppo.copy",
+@plant("the best epoch is remembered without a copy, so that the last is kept", "ppo.state_of",
        "the_reward_model_learns_the_preferences_and_keeps_its_best_epoch")
-def last_epoch_kept(original):
-    return SimpleNamespace(deepcopy=lambda x: x if isinstance(x, dict) else copy.deepcopy(x))
+def last_epoch_kept(original, model):
+    return model.state_dict()
 
 
 # --------------------------------------------------------------------------------------------------------------------- PPO
@@ -309,9 +306,20 @@ def penalty_rewards_kl(original, score, logp, ref_logp, mask, coefficient):
     return original(score, logp, ref_logp, mask, -coefficient)
 
 
-@plant("a value is read at its token, which it then knows", "ppo.values_of", "the_value_of_a_token_is_read_before_it")
+@plant("a value is read at its token, which it then knows", "ppo.states_of", "the_value_of_a_token_is_read_before_it")
 def value_at_the_token(original, critic, ids, mask):
-    return critic(ids).masked_fill(~mask, 0.)
+    return critic.gpt.hidden(ids)[mask]
+
+
+@plant("values are fitted to the score of another row", "ppo.score_batches", "fitted_values_are_expected_scores")
+def value_of_another(original, function, ids, mask, batch=512):
+    return original(function, ids, mask, batch).roll(len(ids) // 2, 0)
+
+
+@plant("the network under the critic learns on", "ppo.update", "updates_move_the_policy_and_the_critics_head_and_nothing_else")
+def critic_learns_on(original, policy, critic, optimizer, batch, *rest):
+    critic.gpt.requires_grad_(True)
+    return original(policy, critic, optimizer, batch._replace(state=ppo.states_of(critic, batch.ids, batch.mask)), *rest)
 
 
 @plant("gae uses the value past the end", "ppo.gae", "the_value_after_the_last_token_is_zero gae_is_the_discounted_sum_of_errors")

@@ -208,7 +208,7 @@ NOWHERE = [*(f"--loss={name}" for name in (
     "", ":", ":f", "f", "good.py", "good.py:", "good.py:nothing", "good.py:f:g", "good.py: f", "good.py:dpo", "good.py:sft", "good.py:best_of_n",
     "good.py:" + "x" * 300, "good.py:f --loss=good.py:f", "nothing.py:f", "folder:f", "folder/:f", "good.py/x:f", "~/good.py:f", "loop:f", "/dev/null:f",
     "\u00e9.py:f", "\udcff.py:f", "two\nlines.py:f", "x" * 5000 + ".py:f")), *(f"--pairs={name}" for name in (
-        "", "nothing.jsonl", ".", "folder", "loop", "/dev/null", "/dev/null/x", "good.py/", "\u00e9", "\udcff", "two\nlines", "x" * 5000))]
+        "", "nothing.jsonl", ".", "folder", "loop", "/dev/null", "/dev/null/x", "\u00e9", "\udcff", "two\nlines", "x" * 5000))]
 
 
 @pytest.mark.parametrize("flags", NOWHERE, ids=lambda flags: ascii(flags[:30]))

@@ -35,7 +35,7 @@ def sides(encoding, pairs):
 def test_exported_preferences_are_read_back_token_for_token(encoding, tmp_path):
     """ids, masks, groups and pairs are those that were written, whatever tokens spell the same text."""
     pairs = exported(tmp_path / "p.jsonl", encoding)
-    again = results.encode_pairs(encoding, results.read_pairs(tmp_path / "p.jsonl"), 60)
+    again = results.encode_pairs(encoding, results.read_pairs(tmp_path / "p.jsonl"), 60, "p.jsonl")
     width = pairs.ids.shape[1]
     assert torch.equal(again.mask[:, :width], pairs.mask) and torch.equal(again.ids[:, :width][pairs.mask], pairs.ids[pairs.mask])
     assert torch.equal(again.winner, pairs.winner) and torch.equal(again.loser, pairs.loser) and again.k == pairs.k
@@ -46,7 +46,7 @@ def test_labels_that_are_flipped_in_the_file_are_flipped_in_training(encoding, t
     pairs = exported(tmp_path / "p.jsonl", encoding)
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     flipped = [{**line, "chosen": line["rejected"], "rejected": line["chosen"]} for line in lines]
-    again = results.encode_pairs(encoding, flipped, 60)
+    again = results.encode_pairs(encoding, flipped, 60, "p.jsonl")
     assert sides(encoding, again) == [(l, w) for w, l in sides(encoding, pairs)]
 
 
@@ -55,7 +55,7 @@ def test_plain_pairs_are_tokenised_with_an_end_and_grouped_by_prompt(encoding, t
     lines = [dict(zip(("prompt", "chosen", "rejected"), texts)) for texts in
              ((TEXTS[0], TEXTS[1], TEXTS[2]), (TEXTS[0], TEXTS[1], ". The cast was fine."), ("We watched a thriller", TEXTS[2], TEXTS[1]))]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    pairs = results.encode_pairs(encoding, results.read_pairs(tmp_path / "p.jsonl"), 60)
+    pairs = results.encode_pairs(encoding, results.read_pairs(tmp_path / "p.jsonl"), 60, "p.jsonl")
     assert (pairs.k, len(pairs.ids)) == (3, 6)
     expected = [tuple(encoding.encode(line[name]) + [encoding.eot_token] for name in ("chosen", "rejected")) for line in lines]
     assert sides(encoding, pairs) == expected
@@ -71,7 +71,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    (tmp_path / "p.jsonl").write_text("\n".join([json.dumps(GOOD), line, json.dumps(GOOD)]))
     with pytest.raises(data.UserError, match="p.jsonl, line 2") as error:
         results.read_pairs(tmp_path / "p.jsonl")
     assert BAD_LINES[line] in str(error.value)
@@ -82,8 +82,8 @@ def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
                                    {"ids": [[1], [2], [3]], "rows": "ab"}, {"ids": [[1], [2], [3]]}, {"group": []}, {"chosen": TEXTS[1] * 60}])
 def test_a_pair_that_cannot_be_encoded_is_named(extra, encoding):
     """Columns of an export that were spoilt, or a text that does not fit."""
-    with pytest.raises(data.UserError, match="pair 2"):
-        results.encode_pairs(encoding, [GOOD, {**GOOD, **extra}], 60)
+    with pytest.raises(data.UserError, match="line 2"):
+        results.encode_pairs(encoding, [GOOD, {**GOOD, **extra}], 60, "p.jsonl")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", None])

@@ -117,11 +117,13 @@ def test_the_reward_model_learns_the_preferences_and_keeps_its_best_epoch():
     winner, loser = pairs.loser.where(spoilt, pairs.winner), pairs.winner.where(spoilt, pairs.loser)
     epochs = [torch.arange(first, first + 40).split(4) for first in (0, 0, 0, 40, 40, 40)]
     pairs = pairs._replace(winner=winner, loser=loser)
-    reward_model, accuracy, rewards = ppo.train_reward_model(cfg, world.gpt(seed=1).float(), pairs, held_out, epochs, "cpu")
+    fitted, reward_model = ppo.train_reward_model(cfg, world.gpt(seed=1).float(), pairs, held_out, epochs, "cpu"), ppo.ScalarModel(world.gpt(seed=1).float())
+    reward_model.load_state_dict(fitted["model"])
     r = ppo.reward_of(reward_model, held_out.ids, held_out.mask)
     right = (r[held_out.winner] > r[held_out.loser]).double().mean().item()
-    assert abs(accuracy - right) < 1e-6 and right > .75 and torch.allclose(rewards, r), \
-        f"accuracy {right:.3f}, reported {accuracy:.3f}: winner and loser swapped, or not the best epoch?"
+    assert abs(fitted["accuracy"] - right) < 1e-6 and right > .75, \
+        f"accuracy {right:.3f}, reported {fitted['accuracy']:.3f}: winner and loser swapped, or not the best epoch?"
+    agree(torch.tensor([fitted["mean"], fitted["deviation"]]), torch.stack([r.mean(), r.std()]), "the reward's scale is not that of the epoch kept")
 
 
 # ---------------------------------------------------------------------------------------------------- rewards and values
@@ -161,13 +163,29 @@ def test_the_mean_penalty_is_the_kl():
           "E_pi[k1] must be KL(pi || pi_ref): the log-ratio's sign, or the order of pi and pi_ref?")
 
 
+def values_of(critic, ids, mask):
+    return ppo.placed(critic.head(ppo.states_of(critic, ids, mask)).squeeze(-1), mask)
+
+
 def test_the_value_of_a_token_is_read_before_it():
     """V belongs to the state in which a token was chosen: the critic's output one position earlier, and 0 off the response."""
     critic, (ids, mask), slow = scalar_model(seed=5), world.listed(), torch.zeros(X * N, world.T, dtype=torch.float64)
     everywhere = critic(ids)
     for b, t in mask.nonzero().tolist():
         slow[b, t] = everywhere[b, t - 1]
-    agree(ppo.values_of(critic, ids, mask), slow, "the value of a token must not know that token: read one position before it")
+    agree(values_of(critic, ids, mask), slow, "the value of a token must not know that token: read one position before it")
+
+
+def test_fitted_values_are_expected_scores():
+    """V(x, y_<t) = E[score | x, y_<t] under pi_ref: by enumeration before the first token, and right before the last one too."""
+    ref, (ids, mask) = world.gpt(seed=2).float(), world.listed()
+    drawn = torch.cat([x * N + torch.multinomial(p, 4000, True, generator=world.generator(x)) for x, p in enumerate(world.table(ref).detach().exp())])
+    fitted = ppo.fit_values(ref, ids[drawn], mask[drawn], total, 40, 1e-2, world.generator(5))
+    critic = ppo.ScalarModel(ref)
+    critic.load_state_dict(fitted)
+    value = values_of(critic, ids, mask)[torch.arange(0, X * N, N)].gather(1, mask[::N].int().argmax(1, keepdim=True)).squeeze(1)
+    expected = world.expectation(world.table(ref).detach(), total(ids, mask).view(X, N).double())
+    agree(value.double(), expected, "values before the first token are not the expected scores", tolerance=.15)
 
 
 # ------------------------------------------------------------------------------------------------------------ advantages
@@ -307,7 +325,7 @@ def test_a_roll_out_records_what_its_names_say():
     mask = model.response_mask(batch.ids, lengths, MAX_TOKENS, END)
     recorded = torch.stack([batch.logp.sum(1), batch.ref_logp.sum(1), batch.value.sum(1), batch.mask.sum(1)])
     slow = torch.stack([*(model.sequence_logp(m(batch.ids), batch.ids, mask) for m in (policy, ref)),
-                        ppo.values_of(critic, batch.ids, mask).sum(1), mask.sum(1)])
+                        values_of(critic, batch.ids, mask).sum(1), mask.sum(1)])
     agree(recorded, slow, "the roll-out must record log pi, log pi_ref and V of its own rows: policy and reference mixed up?")
 
 
@@ -347,17 +365,18 @@ def test_the_first_loss_of_an_update_is_the_critics():
           "the price of KL lost, or the critic's loss weighed otherwise?", tolerance=1e-7)
 
 
-def test_updates_move_policy_and_critic_and_nothing_else():
-    """A PPO step leaves pi_ref exactly where it was, also when policy and critic were made from it."""
+def test_updates_move_the_policy_and_the_critics_head_and_nothing_else():
+    """A PPO step leaves pi_ref and the network under the critic exactly where they were, also when both were made from pi_ref."""
     ref = world.gpt(seed=2)
-    policy, critic, before = copy.deepcopy(ref), ppo.ScalarModel(ref).double(), copy.deepcopy(ref.state_dict())
+    policy, critic, before = copy.deepcopy(ref), scalar_model(seed=2), copy.deepcopy(ref.state_dict())
     batch = roll_out(policy, ref, critic, count=3, seed=5)
     optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=.1)
-    ppo.update(policy, critic, optimizer, batch, .3, 2, 4, world.generator(1))
+    ppo.update(policy, critic, optimizer, batch, .3, 1, 99, world.generator(1))
     moved = [torch.equal(a, b) for a, b in zip(before.values(), policy.state_dict().values())]
     assert not all(moved), "the update did not move the policy"
     assert all(torch.equal(before[name], p) for name, p in ref.state_dict().items()), \
         "a PPO step moved pi_ref: it must stay frozen"
+    assert all(torch.equal(before[name], p) for name, p in critic.gpt.state_dict().items()), "a PPO step moved the critic's frozen states"
 
 
 def train(ref, steps, target, horizon):
@@ -384,7 +403,7 @@ def test_ppo_starts_at_the_reference_and_prices_kl_by_its_controller():
     """The first roll-out is pi_ref's, so its KL is exactly 0; every later price of KL is the controller's answer to the last
     KL."""
     _, steps = train(world.gpt(seed=2).float(), steps=5, target=.02, horizon=300.)
-    slow = [.4]
+    slow = [.4 / .02]
     for step in steps[:-1]:
         slow.append(slow[-1] * (1 + min(max(step["rollout_kl"] / .02 - 1, -.2), .2) * 64 / 300))
     assert steps[0]["rollout_kl"] == 0., f"the policy starts at pi_ref, so its first KL is 0, not {steps[0]['rollout_kl']}"
