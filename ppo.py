@@ -9,7 +9,7 @@ PPO here is no straw man. All of these are present (and tested):
   5. clipped ratio and clipped values (.2), several epochs of minibatches; ratio 1 on the first -> `policy_loss`, `value_loss`
   6. a value function of its own (not a head on the policy: their gradients do not fight), fitted to the scores of pi_ref's
      samples before PPO begins; after that only its last layer learns                         -> `fit_values`
-  7. Adam with eps 1e-5, a learning rate annealed to 0; no dropout; sampling and scoring at temperature 1
+  7. Adam with eps 1e-5, a learning rate warmed up and annealed to 0; no dropout; sampling and scoring at temperature 1
 Left out: an entropy bonus (the KL penalty has one in it), a penalty for a missing end token (it would not be the true reward),
 reward clipping (the reward is bounded).
 
@@ -229,7 +229,7 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor], score:
     critic = ScalarModel(ref)
     critic.load_state_dict(values or critic.state_dict())
     optimizer = torch.optim.Adam([*policy.parameters(), *critic.head.parameters()], lr=cfg.ppo_lr, eps=1e-5, fused=True)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / cfg.ppo_steps)
+    decay = schedule(optimizer, cfg.ppo_steps)
     device, coefficient = prompts[0].device, cfg.ppo_coefficient / target    # near the optimum a nat is worth less, the more there are
     for _ in range(cfg.ppo_steps):
         # 1. roll out: several episodes for each of some prompts.

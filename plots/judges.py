@@ -2,8 +2,8 @@
 
 An annotator prefers response 1 with the probability of Eq. 1 at rewards r / tau, a coin of its own each time: two of them agree
 no more than chance and tau allow, as two people do. DPO, SFT and PPO each meet one fixed policy, as in the paper; there it is
-PPO at temperature 0, here Preferred-FT (pi_ref's argmax if there is none), all at temperature 1: it stands between SFT and the
-others, so no comparison is decided beforehand.
+PPO at temperature 0, here Preferred-FT (pi_ref if there is none), and all are at temperature 1: it stands between SFT and the
+others, so that nobody wins always. An argmax would be one and the same text at nearly every prompt, brilliant or awful by luck.
 The paper: DPO, SFT and PPO (at temperature 1) win 58, 43, 17% by humans, 54, 32, 12% by GPT-4 (C); humans agree with each other
 in 65% (DPO) and 87% (PPO) of comparisons, GPT-4 (C) with humans in 67, 79 and 85%.
 """
@@ -49,19 +49,20 @@ def measure(lab, runs: list[dict]) -> list[dict]:
     """Rows of win rates, one a judge and method, and rows of agreements over all comparisons, one a pair of judges."""
     cfg = lab.cfg
 
-    def responses(name: str, state: dict, temperature: float = 1.) -> tuple[Tensor, Tensor]:
+    def responses(name: str, state: dict) -> tuple[Tensor, Tensor]:
         generator = data.torch_rng("judges", cfg.seed, name, device=lab.device)
-        return respond(policy_of(lab, state), lab.prompts, cfg.eval_samples, cfg.max_tokens, lab.encoding.eot_token, generator, temperature)
+        return respond(policy_of(lab, state), lab.prompts, cfg.eval_samples, cfg.max_tokens, lab.encoding.eot_token, generator)
 
-    fixed = nearest(runs, "preferred_ft")
-    opponent = responses("fixed", fixed["policy"]) if fixed else responses("fixed", {}, 0.)
-    compared = [run for run in (nearest(runs, "dpo"), {"method": "sft", "setting": 0., "policy": {}}, nearest(runs, "ppo")) if run]
+    sft = {"method": "sft", "setting": 0., "policy": {}}
+    fixed = nearest(runs, "preferred_ft") or sft
+    opponent = responses("fixed", fixed["policy"])
+    compared = [run for run in (nearest(runs, "dpo"), sft, nearest(runs, "ppo")) if run]
     rows, verdicts = [], []
     for run in compared:
         verdicts.append(verdicts_of(lab, responses(run["method"], run["policy"]), opponent, run["method"]))
         for judge, says in verdicts[-1].items():
             rate, se = clustered(says)
-            rows.append({"figure": "judges", "method": run["method"], "setting": run["setting"], "against": "preferred_ft" if fixed else "sft",
+            rows.append({"figure": "judges", "method": run["method"], "setting": run["setting"], "against": fixed["method"],
                          "judge": judge, "win_rate": rate, "win_rate_se": se})
     for judge, other in itertools.combinations(JUDGES, 2):
         same, se = clustered(torch.cat([agreement(says[judge], says[other]) for says in verdicts], 1))
@@ -76,23 +77,22 @@ def draw(rows: list[dict], path) -> None:
     for (i, method), (j, judge) in itertools.product(enumerate(methods), enumerate(JUDGES)):
         mine = [r for r in rates if (r["method"], r["judge"]) == (method, judge)]
         left.errorbar([i + .16 * (j - 1.5)] * len(mine), [r["win_rate"] for r in mine], [r["win_rate_se"] for r in mine], fmt=MARKERS[j],
-                      color=looks[method][1], ms=9, mec="white", mew=.7, elinewidth=1.5, capsize=3)
+                      color=looks[method][1], ms=6, elinewidth=1.5, capsize=5)
     for marker, label in zip(MARKERS, JUDGES.values()):
         left.plot([], [], marker, color="0.4", ms=9, label=label)
     left.axhline(.5, color="0.5", ls=":", lw=1.2, zorder=0)
     left.set_xticks(range(len(methods)), [looks[m][0].split(" (")[0] for m in methods])
-    left.set(xlim=(-.5, len(methods) - .5), ylim=(0, 1))
+    left.set(xlim=(-.5, len(methods) - .5))
     left.set_ylabel(f"win rate against {looks[rates[0]['against']][0]}", fontsize=14)
     left.grid(axis="y", alpha=.25)
-    left.legend(fontsize=12, loc="lower right", ncols=2)
+    left.legend(fontsize=12, loc="lower center", bbox_to_anchor=(.5, 1.), ncols=2, frameon=False)
     matrix = torch.ones(len(JUDGES), len(JUDGES))
     for r in (r for r in rows if "other" in r):
         i, j = (list(JUDGES).index(r[name]) for name in ("judge", "other"))
         matrix[i, j] = matrix[j, i] = r["agreement"]
         for a, b in ((i, j), (j, i)):
-            right.text(b, a, f"{r['agreement']:.0%}\n\u00b1 {r['agreement_se']:.1%}", ha="center", va="center", fontsize=13,
-                       color="white" if r["agreement"] > .8 else "black")
-    right.imshow(matrix.fill_diagonal_(torch.nan).numpy(), cmap="Blues", vmin=.5, vmax=1)
+            right.text(b, a, f"{r['agreement']:.0%}\n\u00b1 {r['agreement_se']:.1%}", ha="center", va="center", fontsize=13)
+    right.imshow(matrix.fill_diagonal_(torch.nan).numpy(), cmap="Blues", vmin=.4, vmax=1.3)    # pale, under the numbers
     names = [label.replace(" ", "\n") for label in JUDGES.values()]
     right.set_xticks(range(len(names)), names)
     right.set_yticks(range(len(names)), names)

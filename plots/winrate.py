@@ -3,6 +3,10 @@
 A response's opponent is the review from which its prompt was cut; the true reward judges, a tie counts half. Policies are those
 nearest to 2 nats of KL at temperature 1. The paper (TL;DR, judged by GPT-4): DPO wins 61% at temperature 0, PPO 57% at its best,
 which is 0 too, and PPO falls back to the level of SFT as the temperature rises, DPO less.
+
+At temperature 0 a policy says nearly the same whatever the prompt, since openings are neutral: its win rate is that of one text,
+good or bad by luck, and the standard error over prompts does not know that. `distinct` counts the different rewards; points that
+rest on fewer than FEW are drawn hollow.
 """
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ TEMPERATURES = 0., .25, .5, .75, 1.
 ON_THE_WAY = {0.: "-", 1.: "--"}                    # temperatures of the right panel, and their lines
 SAMPLES = 4                                         # responses to a prompt; temperature 0 has only one
 BEST_OF = 16
+FEW = 10
 
 
 def win_probability(reward: Tensor, rival: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def measure(lab, runs: list[dict]) -> list[dict]:
     def row(method: str, setting: float, temperature: float, step: int | None, reward: Tensor) -> dict:
         rate, se = clustered(win_probability(reward, rival)[:, None])
         return {"figure": "winrate", "method": method, "setting": setting, "temperature": temperature, "step": step,
-                "win_rate": rate, "win_rate_se": se}
+                "win_rate": rate, "win_rate_se": se, "distinct": len(reward.unique())}
 
     rows = [row(method, setting, t, None, rewards_at(lab, policy, prompts, t))
             for method, setting, policy in shown(lab, runs) for t in TEMPERATURES]
@@ -74,28 +79,38 @@ def measure(lab, runs: list[dict]) -> list[dict]:
                    for step, state in run["way"] for t in ON_THE_WAY]
 
 
+def draw_marks(axis, rows: list[dict], x: list[float], look: tuple[str, str, str], size: float) -> None:
+    """Error bars and marks of some rows, hollow where they rest on few different responses."""
+    for r, where in zip(rows, x):
+        axis.errorbar([where], [r["win_rate"]], [r["win_rate_se"]], fmt=look[2], color=look[1], ms=size, mew=1.3, elinewidth=1.2,
+                      mfc="white" if r["distinct"] < FEW else look[1], mec=look[1] if r["distinct"] < FEW else "white")
+
+
 def draw(rows: list[dict], path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.4), sharey=True)
     finished, on_way = [r for r in rows if r["step"] is None], [r for r in rows if r["step"] is not None]
     there = {r["method"] for r in finished}
-    for i, (method, (label, colour, marker)) in enumerate((m, s) for m, s in style(there).items() if m in there):
+    for i, (method, look) in enumerate((m, s) for m, s in style(there).items() if m in there):
         mine = [r for r in finished if r["method"] == method]
-        left.errorbar([r["temperature"] + .008 * (i - 2.5) for r in mine], [r["win_rate"] for r in mine],
-                      [r["win_rate_se"] for r in mine], fmt=marker + "-", color=colour, ms=11 if method == "sft" else 8,
-                      mec="white", mew=.7, lw=1.6, elinewidth=1.2, label=label)
-    left.set(xlabel="sampling temperature", ylabel="win rate against the review itself", xticks=TEMPERATURES, ylim=(0, 1))
-    _, colour, marker = style(())["dpo"]
+        x = [r["temperature"] + .012 * (i - 2.5) for r in mine]    # beside each other, not on top
+        left.plot(x, [r["win_rate"] for r in mine], "-", color=look[1], lw=1.6)
+        draw_marks(left, mine, x, look, 11 if method == "sft" else 8)
+        left.plot([], [], look[2] + "-", color=look[1], ms=8, label=look[0])
+    left.plot([], [], "o", color="0.4", mfc="white", ms=8, label=f"hollow: under {FEW} different rewards")
+    left.set(xlabel="sampling temperature", ylabel="win rate against the review itself", xticks=TEMPERATURES, ylim=(-.02, 1.02))
+    look = style(())["dpo"]
     for t, line in ON_THE_WAY.items():
         mine = [{**r, "step": 0} for r in finished if r["method"] == "sft" and r["temperature"] == t and on_way] \
             + [r for r in on_way if r["temperature"] == t]
         x, y, se = ([r[name] for r in mine] for name in ("step", "win_rate", "win_rate_se"))
-        right.plot(x, y, marker + line, color=colour, ms=6, mec="white", mew=.7, label=f"DPO, temperature {t:g}")
-        right.fill_between(x, [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=colour, alpha=.15, lw=0)
+        right.plot(x, y, line, color=look[1], lw=1.6, label=f"DPO, temperature {t:g}")
+        right.fill_between(x, [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=look[1], alpha=.15, lw=0)
+        draw_marks(right, mine, x, look, 8)
     right.set(xlabel="steps of DPO (0: SFT)")
     for axis in (left, right):
         axis.axhline(.5, color="0.5", ls=":", lw=1.2, zorder=0)
         axis.grid(alpha=.25)
         axis.tick_params(labelsize=12)
         axis.xaxis.label.set_size(14), axis.yaxis.label.set_size(14)
-        axis.legend(fontsize=12, loc="lower left" if axis is left else "lower right")
+        axis.legend(fontsize=12, loc="lower center", bbox_to_anchor=(.5, 1.), ncols=2 if axis is left else 1, frameon=False)
     save(figure, path)

@@ -33,7 +33,7 @@ def test_dpo_is_the_reward_model_loss_of_the_implicit_reward():
 def test_dpo_loss_agrees_with_extended_precision():
     """Eq. 7: L = log(1 + exp(-beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])), to 1e-9 of itself."""
     beta, logps = .07, world.normal(4, 151, seed=4, scale=torch.logspace(-6, 3.4, 151, dtype=torch.float64))
-    with decimal.localcontext(prec=300):
+    with decimal.localcontext(decimal.Context(prec=300)):
         w, l, ref_w, ref_l = ([decimal.Decimal(v) for v in row] for row in logps.tolist())
         u = [decimal.Decimal(beta) * ((a - c) - (b - d)) for a, b, c, d in zip(w, l, ref_w, ref_l)]
         exact = torch.tensor([float((1 + (-v).exp()).ln()) for v in u], dtype=torch.float64)
