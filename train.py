@@ -7,6 +7,7 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -312,10 +313,10 @@ WATCHED = {"dpo", "ppo", "unlikelihood"}    # whose policies are kept all the wa
 
 def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[Job]:
     """The stages of the runs of some methods, each with its settings, for every seed."""
-    cfg, jobs = lab.cfg, []
+    cfg, jobs, how = lab.cfg, [], "".join(map(inspect.getsource, (complete, label, train_on_pairs, ppo_run, train_and_judge, frontier.measure)))
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
         code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
-        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, __file__, frontier.__file__), run,
+        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code), how, run,
                      lab.pairs_key * (run.method != "ppo_gt"))
         jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
@@ -325,7 +326,7 @@ def study(cfg: Config, stages: Stages, device: str) -> list[dict]:
     """DPO once more with one obstacle at a time taken away, and each method at a third and at three times its learning rate."""
     rows = []
     for name, (fields, settings) in gap.variants(cfg).items():
-        lab = prepare(dataclasses.replace(cfg, **fields), stages, device)
+        lab = prepare(dataclasses.replace(cfg, seeds=1, **fields), stages, device)
         runs = lab.stages.share(sweep(lab, settings), report=True)
         found = [{"figure": "gap", "variant": name, **row} for run in runs for row in run["rows"] if row["final"]]
         results.add_shares(found, frontier.optimum(lab, key_of(lab.cfg, OPTIMUM)))
@@ -334,8 +335,7 @@ def study(cfg: Config, stages: Stages, device: str) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the experiment
-def experiment(cfg: Config, out: pathlib.Path, students: dict[str, tuple[str, Callable]], own: list[dict], args: argparse.Namespace,
-               device: str) -> int:
+def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], args: argparse.Namespace, device: str) -> int:
     """Section 6, in its order, as one of several workers. Returns the exit code: 1 where a run failed or a point cannot be."""
     rank, lab = int(os.environ["RANK"]), prepare(cfg, Stages(out, {}), device, own, args.pairs)
     optimum = frontier.optimum(lab, key_of(cfg, OPTIMUM))
