@@ -12,7 +12,8 @@ import torch
 
 import data
 import dpo
-from plots import SOLID, best_of_n, cost, degeneration, frontier, gap, inside, load_lines, overoptimisation, samples, style
+from plots import (SOLID, best_of_n, cost, degeneration, domains, frontier, gap, inside, judges, load_lines, overoptimisation, samples,
+                   style, winrate)
 
 
 def add_shares(rows: list[dict], optimum: dict) -> None:
@@ -163,12 +164,13 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> dat
 
 # ------------------------------------------------------------------------------------------------------- all of it, at last
 DRAWN = {"frontier": frontier, "inside": inside}    # from results.jsonl and optimum.json: draw(rows, optimum, path)
-MEASURED = {"best_of_n": best_of_n, "degeneration": degeneration, "samples": samples, "overoptimisation": overoptimisation}    # from policies, by measure(lab, runs) -> rows, kept in measured.jsonl: draw(rows, path)
-RECKONED = {"cost": cost, "gap": gap}                # from rows in measured.jsonl that need no policies: draw(rows, path)
+MEASURED = {"winrate": winrate, "best_of_n": best_of_n, "domains": domains, "judges": judges, "degeneration": degeneration,
+            "overoptimisation": overoptimisation, "samples": samples}    # from policies, by measure(lab, runs) -> rows: draw(rows, path)
+RECKONED = {"cost": cost, "gap": gap}                                    # from rows, which measured.jsonl holds too: draw(rows, path)
 
 
-def draw_all(out: pathlib.Path) -> list[pathlib.Path]:
-    """Every figure for which a folder has results; their paths."""
+def draw_all(out: pathlib.Path) -> list[str]:
+    """Every figure for which a folder has results; their names."""
     rows, measured = load_lines(out / "results.jsonl"), load_lines(out / "measured.jsonl")
     optimum = json.loads((out / "optimum.json").read_text())
     for name, module in DRAWN.items():
@@ -177,7 +179,7 @@ def draw_all(out: pathlib.Path) -> list[pathlib.Path]:
     there = [name for name in modules if any(row["figure"] == name for row in measured)]
     for name in there:
         modules[name].draw([row for row in measured if row["figure"] == name], out / f"{name}.png")
-    return [out / f"{name}.png" for name in [*DRAWN, *there]]
+    return [*DRAWN, *there]
 
 
 def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict, measured: list[dict],

@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc):
             pytest.exit(str(error), returncode=2)
         return
     import zoo
-    losses = [dpo.dpo_loss, dpo.unlikelihood_loss, dpo.preferred_ft_loss, zoo.ipo, zoo.cdpo, zoo.robust_dpo, zoo.hinge, zoo.simpo,
+    losses = [dpo.dpo_loss, dpo.unlikelihood_loss, dpo.preferred_ft_loss, dpo.constant_weight_loss, zoo.ipo, zoo.cdpo, zoo.robust_dpo, zoo.hinge, zoo.simpo,
               zoo.orpo, zoo.kto]
     metafunc.parametrize("loss", losses, ids=[loss.__name__ for loss in losses])
 

@@ -236,6 +236,12 @@ def index_pairs_swapped(original, logp, ref, length, winner, loser):
     return original(logp, ref, length, loser, winner)
 
 
+@plant("the constant weight is 1, not where DPO begins", "dpo.constant_weight_loss",
+       "with_constant_weight_every_pair_is_pushed_as_dpo_pushes_at_the_reference")
+def constant_weight_of_one(original, pair, beta):
+    return 2 * original(pair, beta)
+
+
 @plant("the unlikelihood of y_l is rewarded with its likelihood", "dpo.unlikelihood_loss",
        "unlikelihood_raises_the_winner_and_lowers_the_loser_at_constant_rates test_appendix")
 def unlikelihood_sign(original, pair, alpha):

@@ -276,22 +276,6 @@ def test_a_worker_that_is_killed_is_said(tmp_path, monkeypatch, capfd):
         assert code and "memory" in said, f"exit code {code}, and it said {said!r}"
 
 
-NO_NETWORK = """import os, sys
-sys.addaudithook(lambda event, arguments: event.startswith("socket.") and (os.write(2, f"network: {event}".encode()), os._exit(99)))
-"""    # nothing can catch os._exit
-
-
-def test_the_experiment_uses_no_network(tmp_path, monkeypatch):
-    """Whatever would open a socket or look up a name ends its process; corpus, SFT, pairs, a loss, the judge and the figure do not."""
-    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)    # python imports it at every start, also that of the workers
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    control = subprocess.run([sys.executable, "-c", "import socket; socket.socket()"], capture_output=True)
-    assert control.returncode == 99 and b"socket.__new__" in control.stderr, "the hook does not work: the test shows nothing"
-    code, printed, said = command(*SMALL, f"--out={tmp_path}/out", "--workers=1", "--labels=bt", "--max-tokens=24", "--optimum-samples=512",
-                                  "--betas=1", "--evaluations=1", "--loss=dpo.py:dpo_loss")
-    assert code == 0 and (tmp_path / "out/frontier.png").exists(), printed + said
-
-
 def test_any_character_may_stand_in_a_text():
     """Halves of surrogate pairs too, alone and inside a clause; what else `sentiment` takes, and its time, is in test_data.py."""
     for c in map(chr, (*range(0x300), *range(0x2000, 0x2070), *range(0xd7f0, 0xe010), *range(0xfe00, 0x10010), 0x10ffff)):

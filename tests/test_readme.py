@@ -9,6 +9,7 @@ import torch
 import dpo
 import test_mutants
 
+TESTS = set(re.findall(r"^def test_(\w+)", "\n".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py")), re.M))
 README = (pathlib.Path(dpo.__file__).parent / "README.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")]
         for line in README.split("| Paper | Statement | Code | Test |")[1].split("\n\n")[0].splitlines()[2:]]
@@ -22,7 +23,7 @@ def test_every_function_and_test_of_the_map_exists():
             found = importlib.import_module(name) if module == "plots" else getattr(importlib.import_module(module), function, None)
             assert found, f"README, row {paper}: there is no {name}"
         for name in re.findall(r"`(\w+)`", test):
-            assert name in test_mutants.THEOREMS, f"README, row {paper}: there is no theorem {name}"
+            assert name in TESTS, f"README, row {paper}: there is no theorem {name}"
 
 
 def test_every_equation_of_the_map_is_named_where_the_map_points():
@@ -30,7 +31,7 @@ def test_every_equation_of_the_map_is_named_where_the_map_points():
     for paper, _, code, test in ROWS:
         functions = [getattr(importlib.import_module(n.split(".")[0]), n.split(".")[1]) for n in re.findall(r"`((?!plots)\w+\.\w+)`", code)]
         docs = " ".join(inspect.getsource(f) for f in functions)
-        docs += " ".join(inspect.getsource(test_mutants.THEOREMS[name]) for name in re.findall(r"`(\w+)`", test))
+        docs += " ".join(inspect.getsource(test_mutants.THEOREMS[name]) for name in re.findall(r"`(\w+)`", test) if name in test_mutants.THEOREMS)
         for number in re.findall(r"\d+", paper) if paper.startswith("Eq.") else []:
             assert re.search(rf"\b{number}\b", docs), f"README, row {paper}: neither {code} nor {test} says {number}"
 

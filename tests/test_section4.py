@@ -134,6 +134,15 @@ def test_autograd_agrees_with_the_gradient_by_hand_and_gives_the_lengths_none():
 
 
 # ------------------------------------------------------------------------------------------------ the gradient: in logits
+def test_with_constant_weight_every_pair_is_pushed_as_dpo_pushes_at_the_reference():
+    """Section 4: the ablation's gradient is that of Eq. 7 where rhat_w = rhat_l, whatever the policy ranks by now."""
+    beta, pair = .3, world.random_pairs(7, seed=3)
+    start = pair._replace(logp_w=pair.ref_w, logp_l=pair.ref_l)
+    slopes = [world.slope(lambda: dpo.constant_weight_loss(pair, beta).sum(), x) for x in (pair.logp_w, pair.logp_l)]
+    world.agree(torch.stack(slopes), torch.stack(dpo.dpo_gradient(start, beta)),
+                "Section 4, constant weight: -beta/2 for y_w and beta/2 for y_l, at every pair", 1e-8)
+
+
 def test_the_gradient_in_logits_is_one_hot_minus_softmax_at_the_position_before():
     """Section 4: d log pi(y|x) / d logits[t-1, v] = [v = ids[t]] - pi(v | ids[<t]) for response tokens t, 0 elsewhere: a loop."""
     (ids, mask, _), c = world.three_pairs(), world.normal(6, seed=8)
