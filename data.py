@@ -8,9 +8,11 @@ What is simplified, and why:
   2. The reward is a formula over parsed clauses, not a classifier: nothing that is not grammatical earns anything.
   3. Prompts have no beginning-of-text token: a prompt of 2-8 tokens is where the model starts, as in the paper.
 
-Everything random takes a generator made from names (`rng`), so that changing a loss never changes the data.
+Everything random takes a generator made from names (`rng`), so that changing a loss never changes the data. At the end, what any
+long experiment needs and no paper mentions: flags with bounds, stages that are made once, several processes.
 """
 import fcntl
+import functools
 import hashlib
 import math
 import os
@@ -236,10 +238,7 @@ def prompt_batch(data: Preferences, prompts: Tensor) -> Preferences:
 
 
 def prompt_order(data: Preferences, batch: int, generator: torch.Generator, window: int = 8) -> list[Tensor]:
-    """One epoch of batches of the prompts that have pairs, in random order; within `window` batches prompts of like length go together.
-
-    Filler is computed like any other token: like with like is a fifth less work, and which batch comes when stays random.
-    """
+    """One epoch of batches of the prompts that have pairs, in random order; within `window` batches like lengths go together: less filler."""
     length = data.mask.sum(1).view(-1, data.k).amax(1)
     order = (data.winner // data.k).unique()
     if not len(order):
@@ -269,17 +268,18 @@ def parse(flag: str, field, text: str):
     return tuple(values) if isinstance(field.default, tuple) else values[0]
 
 
+@functools.cache
 def source(*files) -> str:
     """Hash of files' contents: who changes the code of a stage makes it anew."""
     return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
 
 
-def load_stage(path: pathlib.Path, key: str):
-    """What a stage's file holds, {"key", "value", "seconds"}; None if it is missing, or unreadable, which is said."""
+def load_stage(path: pathlib.Path) -> dict | None:
+    """What a stage's file holds, {"value", "seconds"}; None if it is missing, or unreadable, which is said."""
     try:
         stored = torch.load(path, weights_only=True)
         assert zipfile.ZipFile(path).testzip() is None, "a part of it is not what was written"    # torch does not look at the checksums
-        assert stored["key"] == key, "it was made with another configuration"
+        assert stored["key"] == path.name, "it is another stage's"
         return {"value": stored["value"], "seconds": stored["seconds"]}
     except FileNotFoundError:
         return None
@@ -306,12 +306,12 @@ class Stages(NamedTuple):
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))    # let go when this process ends, however it ends
             except BlockingIOError:
                 return None
-            stored = load_stage(path, job[1])
+            stored = load_stage(path)
             if stored is None:
                 start = time.perf_counter()
                 stored = {"value": job[2](), "seconds": time.perf_counter() - start}
                 try:
-                    torch.save({"key": job[1], **stored}, path.with_suffix(".partial"))
+                    torch.save({"key": path.name, **stored}, path.with_suffix(".partial"))
                 except (OSError, RuntimeError) as error:    # the second is torch's word for a full disk
                     raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full?") from None
                 os.replace(path.with_suffix(".partial"), path)
@@ -347,6 +347,22 @@ def choose_device(name: str | None) -> str:
     return device
 
 
+def answer(main: Callable[[], int], *mendable: type[Exception]) -> int:
+    """main()'s exit code; or 2, and one line on stderr, for what the user can mend."""
+    try:
+        return main()
+    except (UserError, *mendable) as error:
+        what = error
+    except OSError as error:
+        what = f"cannot write or read {error.filename or 'the output'}: {error.strerror}; free it, or choose another --out"
+    except (MemoryError, RuntimeError) as error:    # the second is torch's
+        if "memory" not in f"{type(error)} {error}".lower():
+            raise
+        what = "out of memory; choose fewer --workers, or smaller --width, --batch-prompts or --optimum-samples"
+    print("train.py: " + " ".join(str(what).split()), file=sys.stderr)
+    return 2
+
+
 def end_with_parent() -> None:
     """In a process that `launch` started: the end of its pipe is the end of the parent, however it came, and so its own."""
     if "PARENT" in os.environ:
@@ -354,22 +370,19 @@ def end_with_parent() -> None:
 
 
 def launch(workers: int) -> int:
-    """This command again as `workers` processes of one thread each, as torchrun would start them; their worst exit code.
-
-    All have the same to say when all meet the same error: what begins with the program's name is passed on once.
-    """
+    """This command again as `workers` processes of one thread each, as torchrun would start them; their worst exit code."""
     # glibc hands freed memory back and faults it in again, a third of the time of a small model's step, unless told to keep it.
     keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "1"}
     children = [subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                  env={**os.environ, **keep, "RANK": str(rank), "WORLD_SIZE": str(workers), "PARENT": "train.py"})
                 for rank in range(workers)]
-    said = set()
+    said = set()    # all have the same to say when all meet the same error
 
     def pass_on(child: subprocess.Popen) -> None:
         for line in child.stderr:
             if line not in said:
+                said.update([line] if line.startswith("train.py: ") else [])
                 sys.stderr.write(line)
-            said.update([line] if line.startswith("train.py: ") else [])
 
     listeners = [threading.Thread(target=pass_on, args=(child,), daemon=True) for child in children]
     for listener in listeners:

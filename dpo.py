@@ -184,7 +184,7 @@ def load_loss(name: str) -> Callable[[Pair, float], Tensor]:
     def guarded(call: Callable, what: str):
         try:
             return call()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LossError):
             raise
         except BaseException as error:    # whatever a student's file may raise, sys.exit() included
             raise LossError(f"--loss {name}: {what} raised {type(error).__name__} in {path}, line {line_of(error, path)}: {error}") from None
@@ -203,7 +203,7 @@ def load_loss(name: str) -> Callable[[Pair, float], Tensor]:
                             f"but gave {got}; the mean is taken by train.py")
         return value
 
-    try_loss(loss, where)
+    guarded(lambda: try_loss(loss, where), function)
     return loss
 
 

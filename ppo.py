@@ -6,7 +6,8 @@ PPO here is no straw man. All of these are present (and tested):
   2. the score normalised by one affine map, fixed from samples of pi_ref (per-batch whitening would change beta silently)
   3. an adaptive coefficient c that steers the *sequence* KL to a target, its horizon in episodes -> `adapt`
   4. generalised advantage estimation, gamma 1, lambda .95, masked whitening                 -> `gae`, `whiten`
-  5. clipped ratio and clipped values (.2), several epochs of minibatches; ratio 1 on the first -> `policy_loss`, `value_loss`
+  5. clipped ratio and clipped values (.2), minibatches (several epochs gained nothing here); ratio 1 on the first
+                                                                                             -> `policy_loss`, `value_loss`
   6. a value function of its own (not a head on the policy: their gradients do not fight), fitted to the scores of pi_ref's
      samples before PPO begins; after that only its last layer learns                         -> `fit_values`
   7. Adam with eps 1e-5, a learning rate warmed up and annealed to 0; no dropout; sampling and scoring at temperature 1
@@ -153,7 +154,7 @@ def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Ten
                generator: torch.Generator) -> dict[str, Tensor]:
     """V(x, y_<t) = E[score | x, y_<t] under pi_ref, by regression on its own samples, once over: ids (C, T), mask (C, T).
 
-    PPO's advantages are as good as its values, and a few thousand episodes are too few to learn them from nothing.
+    PPO's advantages are as good as its values, and PPO's own episodes are too few to learn them from nothing.
     Returns the parameters of a ScalarModel.
     """
     critic, device = ScalarModel(ref), ref.token.weight.device

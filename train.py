@@ -31,8 +31,6 @@ from data import Job, Preferences, Stages, UserError, end_with_parent, launch, l
 from model import GPT, GPTConfig, fit, log_probabilities, respond, response_logp, schedule, state_of
 from plots import STYLE, frontier, gap, results
 
-VERSION = 1    # of what stages hold and how train.py makes it; a new number makes every stage anew
-
 
 # ----------------------------------------------------------------------------------------------------------- configuration
 def option(default, meaning: str, low: float = 0, high: float = math.inf, choices: tuple = ()):
@@ -73,12 +71,12 @@ class Config:
     rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
     rm_lr: float = option(1e-3, "peak learning rate of the reward model", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
-    ppo_steps: int = option(120, "batches of episodes", 1, 10**6)
+    ppo_steps: int = option(100, "batches of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
-    ppo_minibatch: int = option(128, "episodes an update", 1, 10**6)
-    ppo_epochs: int = option(2, "passes over a batch", 1, 100)
+    ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
+    ppo_epochs: int = option(1, "passes over a batch", 1, 100)
     ppo_lr: float = option(7e-4, "peak learning rate of policy and values, after 10% warm-up, then linear to 0", 1e-12, 10)
-    ppo_coefficient: float = option(.55, "price of a nat to start with, at target 1, in standard deviations of the reward", 1e-9, 1e6)
+    ppo_coefficient: float = option(.75, "price of a nat to start with, at target 1, in standard deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts that judge every policy, and the optimum", 2, 10**5)
@@ -120,6 +118,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")    # bytes; needed: weights, gradients, Adam's, pi_ref; ids, masks
     for wrong, message in (
             (args.workers is not None and not 0 < args.workers < 257, f"--workers must be from 1 to 256, not {args.workers}"),
+            (args.study and args.loss, "--study and --loss do not go together: the study is of the paper's methods"),
             (args.out == "", "--out names no folder"),
             (needed > there, f"these sizes need at least {needed / 1e9:,.0f} GB of memory and there are {there / 1e9:.0f}: take smaller ones"),
             (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
@@ -133,9 +132,11 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 
 # ------------------------------------------------------------------------------------------------ corpus and SFT (App. C.1)
 def key_of(cfg: Config, fields: str, *more) -> str:
-    """Hash of all that determines a stage: the fields named, its parents' included, the code, and anything more."""
-    values = {name: getattr(cfg, name) for name in fields.split()}
-    text = json.dumps([VERSION, values, source(data.__file__, sys.modules["model"].__file__), more], sort_keys=True)
+    """Hash of all that determines a stage: the fields named, its parents' included, the code that makes it, and anything more."""
+    makers = (prepare, complete, label, train_on_pairs, reward_model, score_of, values_of, ppo_run, train_and_judge, frontier.measure,
+              frontier.optimum, frontier.clustered, results.encode_pairs)
+    code = [source(data.__file__, sys.modules["model"].__file__), *map(inspect.getsource, makers)]
+    text = json.dumps([{name: getattr(cfg, name) for name in fields.split()}, code, more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -258,22 +259,32 @@ def reward_model(lab: Lab, seed: int) -> Job:
     return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed, lab.pairs_key), make
 
 
-def learned_reward(lab: Lab, seed: int) -> tuple[Callable, float, float]:
-    """r_phi(ids, mask) -> (B,), and its mean and deviation on responses of pi_ref."""
-    fitted, model = lab.stages.stage(*reward_model(lab, seed)), ppo.ScalarModel(lab.ref).to(lab.device)
-    model.load_state_dict(fitted["model"])
-    return partial(ppo.reward_of, model), fitted["mean"], fitted["deviation"]
+def score_of(lab: Lab, method: str, seed: int) -> Callable:
+    """What PPO (the learned reward) and PPO-GT (the true one) are paid: mean 0 and deviation 1 on responses of pi_ref. -> (B,)"""
+    if method == "ppo":
+        fitted, model = lab.stages.stage(*reward_model(lab, seed)), ppo.ScalarModel(lab.ref).to(lab.device)
+        model.load_state_dict(fitted["model"])
+        reward, mean, deviation = partial(ppo.reward_of, model), fitted["mean"], fitted["deviation"]
+    else:
+        made = complete(lab, "train", lab.cfg.prompts, seed)["reward"]
+        reward, mean, deviation = lab.reward, made.mean().item(), made.std().item()
+    return lambda ids, mask: (reward(ids, mask) - mean) / deviation
+
+
+def values_of(lab: Lab, method: str, seed: int) -> Job:
+    """The stage of the values that PPO starts from, one for all its targets."""
+    def make() -> dict[str, Tensor]:
+        made = complete(lab, "train", lab.cfg.prompts, seed)
+        return ppo.fit_values(lab.ref, made["ids"], made["mask"], score_of(lab, method, seed), 4 * lab.cfg.batch_prompts, lab.cfg.rm_lr,
+                              torch_rng("values", seed))
+
+    key = key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), method, seed, lab.pairs_key * (method == "ppo"))
+    return f"values-{method}-seed{seed}", key, make
 
 
 def ppo_run(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
-    """PPO on the learned reward, PPO-GT on the true one: each with mean 0 and deviation 1 on responses of pi_ref."""
-    cfg, made = lab.cfg, complete(lab, "train", lab.cfg.prompts, run.seed)
-    reward, mean, deviation = learned_reward(lab, run.seed) if run.method == "ppo" \
-        else (lab.reward, made["reward"].mean().item(), made["reward"].std().item())
-    score = lambda ids, mask: (reward(ids, mask) - mean) / deviation
-    key = key_of(cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), run.seed, lab.pairs_key * (run.method == "ppo"))
-    values = lab.stages.stage(f"values-{run.method}-seed{run.seed}", key, partial(
-        ppo.fit_values, lab.ref, made["ids"], made["mask"], score, 4 * cfg.batch_prompts, cfg.rm_lr, torch_rng("values", run.seed)))
+    """PPO or PPO-GT: the number of steps, and the steps."""
+    cfg, score, values = lab.cfg, score_of(lab, run.method, run.seed), lab.stages.stage(*values_of(lab, run.method, run.seed))
     prompts = data.make_prompts(lab.encoding, lab.corpus["train"][:cfg.prompts], rng("prompts", "train", run.seed))
     return cfg.ppo_steps, ppo.train_ppo(cfg, policy, lab.ref, tuple(p.to(lab.device) for p in prompts), score, run.setting,
                                         lab.encoding.eot_token, torch_rng(*run, device=lab.device), values)
@@ -313,10 +324,10 @@ WATCHED = {"dpo", "ppo", "unlikelihood"}    # whose policies are kept all the wa
 
 def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[Job]:
     """The stages of the runs of some methods, each with its settings, for every seed."""
-    cfg, jobs, how = lab.cfg, [], "".join(map(inspect.getsource, (complete, label, train_on_pairs, ppo_run, train_and_judge, frontier.measure)))
+    cfg, jobs = lab.cfg, []
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
         code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
-        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code), how, run,
+        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, dpo.__file__ if loss else ppo.__file__), run,
                      lab.pairs_key * (run.method != "ppo_gt"))
         jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
@@ -342,59 +353,47 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     for seed in seeds if not own else []:
         pairs = label(lab, "train", cfg.prompts, seed)    # made by all workers, written by one
-        if not rank:
-            results.describe(out / f"preferences-seed{seed}.jsonl", lab.encoding, pairs, lab.prompts)
+        path = out / f"preferences-seed{seed}.jsonl"
+        if not rank and not (students and path.exists()):
+            results.describe(path, lab.encoding, pairs, lab.prompts)
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
                  "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
-    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [reward_model(lab, s) for s in seeds] + sweep(lab, baselines)
+    first = [job for s in seeds for job in (reward_model(lab, s), values_of(lab, "ppo_gt", s), values_of(lab, "ppo", s))]
+    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or first[:-1] + sweep(lab, baselines)
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
     measured = []
     if not students:
-        measured = [study(cfg, lab.stages, device)] if args.study else []
-        lab = lab._replace(learned=learned_reward(lab, cfg.seed)[0])
-        measured += lab.stages.share([(f"figure-{name}", key_of(cfg, SFT + EVALUATION, source(module.__file__), [job[1] for job in jobs]),
-                                       partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
+        measured = [study(cfg, lab.stages._replace(seconds={}), device)] if args.study else []
+        learned = score_of(lab, "ppo", cfg.seed)    # rounded, so that equal texts tie whatever batch they stand in
+        lab = lab._replace(learned=lambda ids, mask: learned(ids, mask).round(decimals=4))
+        key = key_of(cfg, SFT + EVALUATION, source(*sorted(pathlib.Path(results.__file__).parent.glob("*.py"))), [job[1] for job in jobs])
+        measured += lab.stages.share([(f"figure-{name}", key, partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
     if rank:
         return 0
     if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
         jobs = sweep(lab._replace(pairs=None, pairs_key=""), results.trained(out, baselines))
-        done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job), job[1]))] + done
+        done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job)))] + done
     sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(frontier.measure, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
     return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure],
                            lab.stages.seconds)
 
 
-def say(what) -> None:
-    """One line on stderr, whatever newlines a file's name or an exception may hold."""
-    print("train.py: " + " ".join(str(what).split()), file=sys.stderr)
-
-
 def main() -> int:
-    try:
-        cfg, args = read_flags(sys.argv[1:])
-        device = data.choose_device(args.device)
-        students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
-        if len(students) < len(args.loss) or any(name in STYLE or len(name) > 100 for name in students):
-            raise UserError(f"--loss: each needs a short name of its own, and not that of a method that is there: {', '.join(students)}")
-        own = results.read_pairs(args.pairs) if args.pairs is not None else []
-        out = pathlib.Path(f"runs/{args.preset}" if args.out is None else args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        if "RANK" not in os.environ:
-            return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
-        torch.set_num_threads(1)
-        end_with_parent()
-        return experiment(cfg, out, students, own, args, device)
-    except (UserError, dpo.LossError) as error:
-        say(error)
-    except OSError as error:
-        say(f"cannot write or read {error.filename or 'the output'}: {error.strerror}; free it, or choose another --out")
-    except (MemoryError, RuntimeError) as error:    # the second is torch's
-        if "memory" not in f"{type(error)} {error}".lower():
-            raise
-        say("out of memory; choose fewer --workers, or smaller --width, --batch-prompts or --optimum-samples")
-    return 2
+    cfg, args = read_flags(sys.argv[1:])
+    device = data.choose_device(args.device)
+    students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
+    if len(students) < len(args.loss) or any(name in STYLE or len(name) > 100 for name in students):
+        raise UserError(f"--loss: each needs a short name of its own, and not that of a method that is there: {', '.join(students)}")
+    own = results.read_pairs(args.pairs) if args.pairs is not None else []
+    out = pathlib.Path(f"runs/{args.preset}" if args.out is None else args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if "RANK" not in os.environ:
+        return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
+    torch.set_num_threads(1)
+    end_with_parent()
+    return experiment(cfg, out, students, own, args, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(data.answer(main, dpo.LossError))

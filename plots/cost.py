@@ -1,11 +1,16 @@
-"""Simpler, cheaper, stabler? Seconds and tokens until a policy has 80% of the optimal gain at KL 2, everything before it charged."""
+"""Simpler, cheaper, stabler? Seconds until a policy has 80% of the optimal gain at KL 2, everything before it charged.
+
+Of a method's runs the one with the least training counts, at the first of its (noisy) evaluations that is good enough: an early view of each.
+"""
+import re
+
 import dpo
 from plots import STYLE, plt, save
 
 KL, SHARE = 2., .8
 CHARGED = {    # parts of a pipeline that come before a policy's own training -> beginning of the stages' names
-    "SFT": "sft", "sampling and labelling": "completions-train", "reward model": "reward-model"}
-PIPELINES = {"dpo": ["SFT", "sampling and labelling"], "ppo": ["SFT", "sampling and labelling", "reward model"], "ppo_gt": ["SFT"],
+    "SFT": "sft", "sampling and labelling": "completions-train", "reward model": "reward-model", "values": "values-{method}-"}
+PIPELINES = {"dpo": ["SFT", "sampling and labelling"], "ppo": list(CHARGED), "ppo_gt": ["SFT", "sampling and labelling", "values"],
              "unlikelihood": ["SFT", "sampling and labelling"], "preferred_ft": ["SFT", "sampling and labelling"],
              "constant_weight": ["SFT", "sampling and labelling"]}
 
@@ -35,9 +40,9 @@ def reckon(rows: list[dict], optimum: dict, seconds: dict[str, float]) -> list[d
     arrived, found = arrivals(rows, optimum), []
     for method, seed in sorted({(row["method"], row["seed"]) for row in rows if row["method"] in PIPELINES}):
         mine = [row for row in arrived if (row["method"], row["seed"]) == (method, seed)]
-        row = min(mine, key=lambda row: row["seconds"], default=None)
-        shared = {part: sum(s for name, s in seconds.items() if name.startswith(CHARGED[part]) and ("seed" not in name or f"seed{seed}" in name))
-                  for part in PIPELINES[method]}
+        row = min(mine, key=lambda row: (row["step"], row["setting"]), default=None)
+        shared = {part: sum(s for name, s in seconds.items() if name.startswith(CHARGED[part].format(method=method))
+                            and re.search(rf"-seed{seed}(-|$)|^sft$", name)) for part in PIPELINES[method]}
         found.append({"figure": "cost", "method": method, "seed": seed, "arrived": row is not None, **{f"{part}_seconds": s for part, s in shared.items()},
                       "settings_that_arrive": sorted({row["setting"] for row in mine})})
         if row:
@@ -51,7 +56,7 @@ def draw(rows: list[dict], path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.2))
     methods = [m for m in STYLE if any(row["method"] == m for row in rows)]
     parts = [f"{part}_seconds" for part in CHARGED] + ["training_seconds"]
-    shades = dict(zip(parts, ["0.85", "0.65", "0.4"]))
+    shades = dict(zip(parts, ["0.85", "0.7", "0.5", "0.3"]))
     for y, method in enumerate(reversed(methods)):
         mine, left = [row for row in rows if row["method"] == method and row["arrived"]], 0.
         for part in parts if mine else []:
@@ -59,11 +64,12 @@ def draw(rows: list[dict], path) -> None:
             axis.barh(y, width, left=left, color=shades.get(part, STYLE[method][1]), height=.6)
             left += width
         total = [sum(row.get(part, 0.) for part in parts) for row in mine]
-        spread = f", {min(total):.0f}-{max(total):.0f} over seeds" if len(total) > 1 else ""
+        tried = sum(row["method"] == method for row in rows)
+        spread = f" ({min(total):.0f}-{max(total):.0f}, {len(total)} of {tried} seeds)" if tried > 1 and total else ""
         axis.annotate(f"{sum(total) / len(total):.0f} s{spread}" if mine else "does not get there", (left, y), (5, 0),
                       textcoords="offset points", va="center", fontsize=11)
     axis.set_yticks(range(len(methods)), [STYLE[m][0] for m in reversed(methods)], fontsize=11)
-    for part in parts[:3]:
+    for part in parts[:-1]:
         axis.barh(0, 0, color=shades[part], label=part.removesuffix("_seconds"))
     axis.barh(0, 0, color="0.15", label="training of the policy (in its colour)")
     axis.set(xlim=(0, max(axis.get_xlim()[1] * 1.3, 1)), ylim=(-.6, len(methods) - .4))

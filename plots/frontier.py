@@ -51,13 +51,13 @@ def draw_optimum(axis, optimum: dict) -> None:
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
-    """One row for each method and setting, along its KL: means over seeds and, where there are several, their standard errors."""
+    """One row for each method and setting, along its KL: means over seeds. Standard errors are over seeds, or over prompts where there is one seed."""
     groups, found = {}, []
     for row in rows:
         groups.setdefault((row["method"], row["setting"]), []).append(row)
     for mine in groups.values():
         mean = {name: statistics.fmean(row[name] for row in mine) for name in ("kl", "kl_se", "reward", "reward_se")}
-        if len(mine) > 1:
+        if len({row["reward"] for row in mine}) > 1:    # SFT is the same for all seeds, and keeps its own
             mean |= {f"{name}_se": statistics.stdev(row[name] for row in mine) / len(mine) ** .5 for name in ("kl", "reward")}
         found.append({**mine[0], **mean})
     return sorted(found, key=lambda row: row["kl"])
@@ -72,7 +72,7 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
             continue
         on_way, final = [row for row in mine if not row["final"] and row["kl"] <= RIGHT], over_seeds([row for row in mine if row["final"]])
         axis.scatter([r["kl"] for r in on_way], [r["reward"] for r in on_way], s=9, color=colour, alpha=.35, lw=0)
-        if "best_of_n" in method:    # not trained: a curve over N
+        if method in ("best_of_n", "best_of_n_gt"):    # not trained: a curve over N
             axis.plot([r["kl"] for r in final], [r["reward"] for r in final], ":", color=colour, marker=marker, ms=4, lw=1.2, label=label, zorder=3)
             continue
         axis.errorbar([min(r["kl"], RIGHT) for r in final], [r["reward"] for r in final],

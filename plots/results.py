@@ -51,7 +51,7 @@ def impossible(rows: list[dict], optimum: dict) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The finished policies, as text."""
     lines = [f"{'method':<14}{'setting':>8}{'seed':>5}{'KL':>8}{'+-':>6}{'reward':>8}{'+-':>6}{'share':>7}{'+-':>6}{'seconds':>9}"]
-    for r in (row for row in rows if row["final"] and not ("best_of_n" in row["method"] and row["setting"] not in (4, 16, 64))):
+    for r in (row for row in rows if row["final"] and not (row["method"] in ("best_of_n", "best_of_n_gt") and row["setting"] not in (4, 16, 64))):
         share = f"{r['share']:>7.0%}{r['share_se']:>6.0%}" if r["share"] is not None else f"{'-':>7}{'-':>6}"
         lines.append(f"{r['method']:<14}{r['setting']:>8g}{r['seed']:>5}{r['kl']:>8.2f}{r['kl_se']:>6.2f}{r['reward']:>8.3f}"
                      f"{r['reward_se']:>6.3f}{share}{r['seconds']:>9.0f}")
@@ -66,11 +66,12 @@ def trained(out: pathlib.Path, methods) -> dict[str, list[float]]:
 
 def write_lines(path: pathlib.Path, rows) -> None:
     """A row a line, as JSON, atomically."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")    # its own: two runs may write here at once
     try:
-        path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:    # a full disk has no file's name in its error
         raise data.UserError(f"cannot write {path}: {error.strerror}; make room, or choose another --out") from None
-    os.replace(path.with_suffix(".partial"), path)
+    os.replace(partial, path)
 
 
 def describe(path: pathlib.Path, encoding, pairs: data.Preferences, judges: tuple) -> None:
@@ -130,9 +131,9 @@ def read_pairs(path: str) -> list[dict]:
 
 
 def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> data.Preferences:
-    """`read_pairs` as tokens, `ref` still 0. Pairs of one `group`, or else of equal prompts in lines that follow each other, share
-    completions. A prompt with fewer completions than others repeats its last. Raises data.UserError that names the line of `path`."""
-    end, groups, ends, last = encoding.eot_token, {}, [], 0    # group -> row -> (prompt, response)
+    """`read_pairs` as tokens, `ref` still 0. Pairs of one `group` share completions, others stand alone.
+    A prompt with fewer completions than others repeats its last. Raises data.UserError that names the line of `path`."""
+    end, groups, ends = encoding.eot_token, {}, []    # group -> row -> (prompt, response)
     for number, pair in enumerate(pairs, 1):
         try:    # exact tokens where a text is still as it was exported, even if chosen and rejected were swapped since
             known = {encoding.decode([t for t in ids if t != end]): (ids, (row + 0,))
@@ -140,10 +141,11 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> dat
             prompt = known[pair["prompt"]][0] if pair["prompt"] in known else encoding.encode_ordinary(pair["prompt"])
             fresh = [encoding.encode_ordinary(pair[name]) + [end] for name in ("chosen", "rejected")]
             two, rows = zip(*(known.get(pair[name], (ids, tuple(ids))) for name, ids in zip(("chosen", "rejected"), fresh)))
-            last = last if number > 1 and pair["prompt"] == pairs[number - 2]["prompt"] else number
-            group = pair.get("group", -last)
-            groups.setdefault(group, {}).update({row: (prompt, response) for row, response in zip(rows, two)})
+            group = pair.get("group", -number)
+            assert all(groups.setdefault(group, {}).setdefault(row, (prompt, ids)) == (prompt, ids) for row, ids in zip(rows, two))
             ends.append((group, *rows))
+        except AssertionError:
+            raise data.UserError(f"{path}, line {number}: group {group} has other texts in an earlier line: two exports in one file?") from None
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise data.UserError(f"{path}, line {number}: ids, group or rows are not as a run exports them") from None
         if len(prompt) + max(map(len, two)) > data.PROMPT + max_tokens:
@@ -159,7 +161,8 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> dat
     columns, start = torch.arange(ids.shape[1]), torch.tensor([len(prompt) for prompt, _ in texts])
     mask = (columns >= start[:, None]) & (columns < stop[:, None])
     winner, loser = (torch.tensor([place[e[0], e[i]] for e in ends]) for i in (1, 2))
-    return data.Preferences(ids, mask, torch.zeros(len(ids)), winner, loser, k)
+    order = (winner // k).argsort(stable=True)    # prompt by prompt, in whatever order the lines stand
+    return data.Preferences(ids, mask, torch.zeros(len(ids)), winner[order], loser[order], k)
 
 
 # ------------------------------------------------------------------------------------------------------- all of it, at last
@@ -185,7 +188,9 @@ def draw_all(out: pathlib.Path) -> list[str]:
 def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict, measured: list[dict],
             seconds: dict[str, float]) -> int:
     """Write and draw all, the rows given and those of the runs; print the table and whatever is wrong. Returns the exit code."""
-    rows = rows + [row for run in runs for row in run["rows"]] + [row for row in measured if row["figure"] == "best_of_n"]
+    measured = measured + [row for row in load_lines(out / "measured.jsonl") if row["figure"] not in {new["figure"] for new in measured} | {"cost"}]
+    best = [row for row in measured if row["figure"] == "best_of_n" and row["setting"] > 1]    # Best-of-1 is SFT
+    rows = rows + [row for run in runs for row in run["rows"]] + best
     rows = [{**{name: x for name, x in row.items() if name != "figure"}, "config": config} for row in rows]
     order = list(style(row["method"] for row in rows))
     rows.sort(key=lambda row: order.index(row["method"]))

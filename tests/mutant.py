@@ -28,4 +28,4 @@ if __name__ == "__main__":
         sys.exit(f"bug {number} is in a function that only the tests call; take another number")
     with mutants.planted(bug):
         train.LOSSES.update({name: getattr(train.dpo, loss.__name__) for name, loss in train.LOSSES.items()})
-        sys.exit(train.main())
+        sys.exit(train.data.answer(train.main, train.dpo.LossError))

@@ -30,7 +30,7 @@ def answer(argv, env) -> tuple[object, str]:
     with (mock.patch.object(train, "launch", lambda *_: "accepted"), mock.patch.object(sys, "argv", ["train.py", *argv]),
           mock.patch.dict(os.environ, env), contextlib.redirect_stderr(said)):
         try:
-            code = train.main()
+            code = data.answer(train.main, dpo.LossError)
         except BaseException as error:    # SystemExit too: a file of the user's must not end the program
             code = f"traceback of {type(error).__name__}: {error}"
     return code, said.getvalue()

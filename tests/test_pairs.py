@@ -50,15 +50,31 @@ def test_labels_that_are_flipped_in_the_file_are_flipped_in_training(encoding, t
     assert sides(encoding, again) == [(l, w) for w, l in sides(encoding, pairs)]
 
 
-def test_plain_pairs_are_tokenised_with_an_end_and_grouped_by_prompt(encoding, tmp_path):
-    """Three columns alone: lines of one prompt share completions, a prompt with fewer repeats its last, each response ends."""
+def test_plain_pairs_are_tokenised_with_an_end(encoding, tmp_path):
+    """Three columns alone: each response ends, and each pair stands alone."""
     lines = [dict(zip(("prompt", "chosen", "rejected"), texts)) for texts in
              ((TEXTS[0], TEXTS[1], TEXTS[2]), (TEXTS[0], TEXTS[1], ". The cast was fine."), ("We watched a thriller", TEXTS[2], TEXTS[1]))]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     pairs = results.encode_pairs(encoding, results.read_pairs(tmp_path / "p.jsonl"), 60, "p.jsonl")
-    assert (pairs.k, len(pairs.ids)) == (3, 6)
+    assert (pairs.k, len(pairs.ids)) == (2, 6)
     expected = [tuple(encoding.encode(line[name]) + [encoding.eot_token] for name in ("chosen", "rejected")) for line in lines]
     assert sides(encoding, pairs) == expected
+
+
+def test_lines_may_stand_in_any_order(encoding, tmp_path):
+    """An export sorted otherwise: the same pairs, those of a prompt still together, as batches need them."""
+    pairs = exported(tmp_path / "p.jsonl", encoding)
+    again = results.encode_pairs(encoding, results.read_pairs(tmp_path / "p.jsonl")[::-1], 60, "p.jsonl")
+    assert sorted(sides(encoding, again)) == sorted(sides(encoding, pairs)) and (again.winner // again.k).diff().min() >= 0
+
+
+def test_two_exports_in_one_file_are_refused(encoding, tmp_path):
+    """Both number their prompts from 0, with other texts."""
+    exported(tmp_path / "p.jsonl", encoding)
+    line = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    other = {**line, "ids": [line["ids"][0], line["ids"][2], line["ids"][1]], "chosen": line["rejected"], "rejected": line["chosen"]}
+    with pytest.raises(data.UserError, match="line 2.*two exports"):
+        results.encode_pairs(encoding, [line, other], 60, "p.jsonl")
 
 
 GOOD = dict(zip(("prompt", "chosen", "rejected"), TEXTS))
