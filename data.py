@@ -352,7 +352,7 @@ def answer(main: Callable[[], int], *mendable: type[Exception]) -> int:
     try:
         return main()
     except (UserError, *mendable) as error:
-        what = error
+        what = str(error)    # not the error, whose traceback would keep files open
     except OSError as error:
         what = f"cannot write or read {error.filename or 'the output'}: {error.strerror}; free it, or choose another --out"
     except (MemoryError, RuntimeError) as error:    # the second is torch's

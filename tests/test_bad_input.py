@@ -151,7 +151,7 @@ def test_a_stage_that_cannot_be_written_is_named(error, tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_results_that_cannot_be_written_are_named_and_the_old_ones_kept(tmp_path, monkeypatch):
     (tmp_path / "results.jsonl").write_text("old")
-    (tmp_path / "results.partial").symlink_to("/dev/full")    # what is written under this name meets a full disk
+    (tmp_path / f"results.{os.getpid()}.partial").symlink_to("/dev/full")    # what is written under this name meets a full disk
     monkeypatch.setattr(train, "experiment", lambda *_: results.write_lines(tmp_path / "results.jsonl", [{"method": "dpo"}]))
     refused([*SMALL, f"--out={tmp_path}"], "results", "No space left", env=WORKER)
     assert (tmp_path / "results.jsonl").read_text() == "old"
@@ -160,12 +160,13 @@ def test_results_that_cannot_be_written_are_named_and_the_old_ones_kept(tmp_path
 def test_whatever_stands_in_a_stages_file_is_made_again_or_what_was_written(tmp_path):
     """Empty, cut off at any byte, foreign, one bit flipped: either `load_stage` gives the value that was saved, or nothing."""
     path, r, value = tmp_path / "x.k.pt", data.rng("files"), torch.arange(40)
-    torch.save({"key": "k", "value": value, "seconds": 0.}, path)
+    torch.save({"key": path.name, "value": value, "seconds": 0.}, path)
+    assert torch.equal(data.load_stage(path)["value"], value)
     whole = path.read_bytes()
     flipped = [whole[:i] + bytes([whole[i] ^ 1 << r.randrange(8)]) + whole[i + 1:] for i in r.sample(range(len(whole)), 300)]
     for content in [b"", b"\n", b"text", b"\x80\x04.", b"PK\x03\x04", *(whole[:n] for n in range(0, len(whole), 97)), *flipped]:
         path.write_bytes(content)
-        found = data.load_stage(path, "k")
+        found = data.load_stage(path)
         assert found is None or torch.equal(found["value"], value), f"{len(content)} bytes were taken for the stage, but hold another value"
 
 
@@ -232,12 +233,12 @@ def test_a_loss_that_changes_its_mind_after_the_trial_is_an_error_of_the_loss(re
 
 
 LINE = json.dumps({"prompt": "I saw", "chosen": " this film.", "rejected": " a comedy."})
-FIRST = ["\n", "\0", "text", "{", "[]", "3", "null", "NaN", '"prompt"', "{}", "[" * 9999, "9" * 9999, LINE + LINE, "prompt,chosen,rejected\nI saw,a,b",
+FIRST = ["\0", "text", "{", "[]", "3", "null", "NaN", '"prompt"', "{}", "[" * 9999, "9" * 9999, LINE + LINE, "prompt,chosen,rejected\nI saw,a,b",
          *(LINE.replace('"I saw"', x) for x in ("null", "3", '["I saw"]', "NaN", '""', '" "', '"\\ud800"', '"\u6620\u753b"', f'"{"I saw " * 99}"')),
          LINE.replace(" a comedy.", " this film."), *(LINE[:-1] + f", {x}}}" for x in (
              '"ids": 3', '"group": []', '"ids": [[-1], [1], [2]], "rows": [0, 1]', '"ids": [[99999], [1], [2]], "rows": [0, 1]', '"ids": [[1], [2], [3]], "rows": [1, "x"]'))]
 SECOND = ["\n" + LINE, LINE[:-1], LINE.replace("chosen", "Chosen"), LINE.replace(" a comedy.", ""), LINE.replace(" a comedy.", " a comedy." * 999)]
-PAIRS = [("", ""), ("\udcff", ""), *((content, "line 1") for content in FIRST), *((f"{LINE}\n{x}\n", "line 2") for x in SECOND)]
+PAIRS = [("", ""), ("\n", ""), ("\udcff", ""), *((content, "line 1") for content in FIRST), *((f"{LINE}\n{x}\n", "line 2") for x in SECOND)]
 
 
 @pytest.mark.parametrize("content, line", PAIRS, ids=lambda text: ascii(text[-50:]))
