@@ -75,7 +75,7 @@ class Config:
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(1, "passes over a batch", 1, 100)
-    ppo_lr: float = option(7e-4, "peak learning rate of policy and values, after 10% warm-up, then linear to 0", 1e-12, 10)
+    ppo_lr: float = option(3e-4, "peak learning rate of policy and values, after 10% warm-up, then linear to 0", 1e-12, 10)
     ppo_coefficient: float = option(.75, "price of a nat to start with, at target 1, in standard deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
