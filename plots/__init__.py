@@ -52,5 +52,5 @@ def policy_of(lab, state: dict) -> torch.nn.Module:
 
 def save(figure, path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=105)
     plt.close(figure)

@@ -34,11 +34,12 @@ def draw(rows: list[dict], path) -> None:
     settings = sorted({row["setting"] for row in rows})
     for i, setting in enumerate(settings):
         mine = sorted((row for row in rows if row["setting"] == setting), key=lambda row: row["step"])
-        for name, line, fill in (("learned", "--", "white"), ("true", "-", colour)):
-            axis.errorbar([r["kl"] for r in mine], [r[name] for r in mine], yerr=[r[f"{name}_se"] for r in mine], fmt=line, lw=1.2,
-                          marker="osD^v<>"[i % 7], ms=6, mfc=fill, color=colour, elinewidth=.8, alpha=.9)
-    for name, line, fill in (("learned reward (what PPO is paid)", "--", "white"), ("true reward", "-", colour)):
-        axis.plot([], [], line, marker="o", mfc=fill, color=colour, label=name)
+        axis.vlines([r["kl"] for r in mine], [r["true"] for r in mine], [r["learned"] for r in mine], color="0.8", lw=1, zorder=0)
+        for name, fill in (("learned", "white"), ("true", colour)):
+            axis.errorbar([r["kl"] for r in mine], [r[name] for r in mine], yerr=[r[f"{name}_se"] for r in mine], fmt="osD^v<>"[i % 7],
+                          ms=7, mfc=fill, color=colour, elinewidth=.8)
+    for name, fill in (("learned reward (what PPO is paid)", "white"), ("true reward", colour)):
+        axis.plot([], [], "o", mfc=fill, color=colour, label=name)
     for i, setting in enumerate(settings):
         axis.plot([], [], "osD^v<>"[i % 7], color="0.4", label=f"target KL {setting:g}")
     axis.set(xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats, during training", ylabel="reward, standard deviations above \u03c0_ref")
