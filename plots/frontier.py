@@ -64,7 +64,7 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 
 
 def draw(rows: list[dict], optimum: dict, path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 5.2))
+    figure, axis = plt.subplots(figsize=(10.5, 5.4))
     draw_optimum(axis, optimum)
     for method, (label, colour, marker) in style(row["method"] for row in rows).items():
         mine = [row for row in rows if row["method"] == method]
@@ -89,5 +89,5 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
              ylabel="true reward (probability of positive sentiment)")
     axis.xaxis.label.set_size(12), axis.yaxis.label.set_size(12)
     axis.grid(alpha=.25)
-    axis.legend(loc="lower right", bbox_to_anchor=(.86, .01), fontsize=10, framealpha=.95)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=11, frameon=False)    # outside: every place inside may hold a point
     save(figure, path)
