@@ -8,6 +8,7 @@ import dpo
 import model
 import ppo
 import world
+from test_ppo import total, values_of
 from world import MAX_TOKENS, N, RESPONSES, V, agree
 
 STATES = {s: i for i, s in enumerate(sorted({y[:t] for y in RESPONSES for t in range(len(y))}))}    # what was written so far
@@ -93,3 +94,15 @@ def test_ppo_on_a_fitted_reward_arrives_at_the_optimum_of_r_over_tau():
     policy = ppo_to_the_end(ref, fitted.detach(), beta)
     distance = world.total_variation(policy, dpo.optimal_policy(ref, r, tau * beta))
     assert distance < 2e-4, f"PPO on the fitted reward ended {distance:.4f} from pi_ref exp(r / (tau beta)) / Z: is tau counted?"
+
+
+def test_fitted_values_are_expected_scores():
+    """V(x, y_<t) = E[score | x, y_<t] under pi_ref: by enumeration before the first token, and right before the last one too."""
+    ref, (ids, mask) = world.gpt(seed=2).float(), world.listed()
+    drawn = torch.cat([x * world.N + torch.multinomial(p, 4000, True, generator=world.generator(x)) for x, p in enumerate(world.table(ref).detach().exp())])
+    fitted = ppo.fit_values(ref, ids[drawn], mask[drawn], total, 40, 1e-2, world.generator(5))
+    critic = ppo.ScalarModel(ref)
+    critic.load_state_dict(fitted)
+    value = values_of(critic, ids, mask)[torch.arange(0, world.X * world.N, world.N)].gather(1, mask[::world.N].int().argmax(1, keepdim=True)).squeeze(1)
+    expected = world.expectation(world.table(ref).detach(), total(ids, mask).view(world.X, world.N).double())
+    world.agree(value.double(), expected, "values before the first token are not the expected scores", tolerance=.15)

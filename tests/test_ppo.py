@@ -176,18 +176,6 @@ def test_the_value_of_a_token_is_read_before_it():
     agree(values_of(critic, ids, mask), slow, "the value of a token must not know that token: read one position before it")
 
 
-def test_fitted_values_are_expected_scores():
-    """V(x, y_<t) = E[score | x, y_<t] under pi_ref: by enumeration before the first token, and right before the last one too."""
-    ref, (ids, mask) = world.gpt(seed=2).float(), world.listed()
-    drawn = torch.cat([x * N + torch.multinomial(p, 4000, True, generator=world.generator(x)) for x, p in enumerate(world.table(ref).detach().exp())])
-    fitted = ppo.fit_values(ref, ids[drawn], mask[drawn], total, 40, 1e-2, world.generator(5))
-    critic = ppo.ScalarModel(ref)
-    critic.load_state_dict(fitted)
-    value = values_of(critic, ids, mask)[torch.arange(0, X * N, N)].gather(1, mask[::N].int().argmax(1, keepdim=True)).squeeze(1)
-    expected = world.expectation(world.table(ref).detach(), total(ids, mask).view(X, N).double())
-    agree(value.double(), expected, "values before the first token are not the expected scores", tolerance=.15)
-
-
 # ------------------------------------------------------------------------------------------------------------ advantages
 def slow_gae(rewards, values, gamma, lam):
     """The definition: A_i = sum over k >= i of (gamma lam)^(k - i) delta_k over the real tokens of a row, V = 0 after the
