@@ -3,6 +3,7 @@
 Letters: B sequences, T tokens, V vocabulary, H heads, D width of a head, W width of the model.
 Rows are a prompt from position 0, its response right after, then filler; a mask (B, T) says which ids are response tokens.
 """
+import math
 import time
 from dataclasses import dataclass
 
@@ -21,6 +22,29 @@ class GPTConfig:
     width: int         # W; each head has W / heads
 
 
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Each pair of coordinates (i, i + D / 2) turned by its angle: (B, T, H, D), `rotations` (2, T, 1, D) -> (B, T, H, D)   Su et al. 2021
+
+    The product of a query turned at s and a key turned at t depends on s - t alone.
+    """
+    half, (cos, sin) = x.shape[-1] // 2, rotation
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return x * cos + torch.cat([b, a, rest], -1) * sin
+
+
+def rotations(positions: int, size: int) -> Tensor:
+    """Cosines and signed sines of each position and coordinate, (2, positions, 1, size); of an odd size the last is left as it is."""
+    angle = torch.arange(positions)[:, None, None] * 1000. ** (-torch.arange(size // 2) / (size // 2))
+    return torch.stack([F.pad(torch.cat([angle.cos(), angle.cos()], -1), (0, size % 2), value=1.),
+                        F.pad(torch.cat([-angle.sin(), angle.sin()], -1), (0, size % 2))])
+
+
+def later(x: Tensor, start: int) -> Tensor:
+    """What tokens at start..start+T-1 must not see: (B, T, W) -> (T, start + T), -inf where a token comes later, else 0."""
+    T = x.shape[1]
+    return torch.full((T, start + T), -math.inf, dtype=x.dtype, device=x.device).triu(start + 1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -28,17 +52,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        """x (B, T, W) at positions start..start+T-1 -> (B, T, W). A cache (2, B, H, context, D) is read and filled."""
+    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        """x (B, T, W) at positions start..start+T-1, whose rotation it is -> (B, T, W). A cache (2, B, H, context, D) is read and filled."""
         B, T, W = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)    # (B, H, T, D) each
+        H, D = self.heads, W // self.heads
+        qk, v = self.qkv(x).view(B, T, 3 * H, D).split([2 * H, H], 2)
+        q, k = rotate(qk, rotation).chunk(2, 2)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))                                   # (B, H, T, D) each
         if cache is not None:
             cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
             k, v = cache[:, :, :, :start + T]                                                      # (B, H, start+T, D)
-        if T > 1:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:    # a single new token may look at everything before it; two products are faster than the fused kernel
-            y = torch.softmax(q @ k.transpose(-1, -2) * k.shape[-1] ** -.5, -1) @ v
+        y = torch.softmax(q * D ** -.5 @ k.transpose(-1, -2) + later(x, start), -1) @ v
         return self.out(y.transpose(1, 2).reshape(B, T, W))
 
 
@@ -51,8 +75,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.GELU(),
                                  nn.Linear(4 * config.width, config.width))
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        x = x + self.attention(self.norm_1(x), cache, start)
+    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        x = x + self.attention(self.norm_1(x), rotation, cache, start)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -62,7 +86,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token = nn.Embedding(config.vocab_size, config.width)    # also the output matrix (tied)
-        self.position = nn.Embedding(config.context, config.width)
+        self.register_buffer("rotation", rotations(config.context, config.width // config.heads), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         for name, p in self.named_parameters():                       # GPT-2's initialisation
@@ -76,9 +100,9 @@ class GPT(nn.Module):
         """ids (B, T) at positions start..start+T-1 -> last hidden states (B, T, W)."""
         assert start + ids.shape[1] <= self.config.context, \
             f"{start + ids.shape[1]} tokens do not fit into a context of {self.config.context}"
-        x = self.token(ids) + self.position.weight[start:start + ids.shape[1]]
+        x, rotation = self.token(ids), self.rotation[:, start:start + ids.shape[1]]
         for i, block in enumerate(self.blocks):
-            x = block(x, caches[i] if caches else None, start)
+            x = block(x, rotation, caches[i] if caches else None, start)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

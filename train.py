@@ -49,7 +49,7 @@ class Config:
     max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
     # the model
     layers: int = option(2, "blocks of the GPT", 1, 100)
-    heads: int = option(2, "attention heads", 1, 100)
+    heads: int = option(4, "attention heads", 1, 100)
     width: int = option(64, "width of the GPT, a multiple of the heads", 1, 10**5)
     sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
     sft_batch: int = option(64, "reviews a step", 1, 10**5)
@@ -134,7 +134,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
 def key_of(cfg: Config, fields: str, *more) -> str:
     """Hash of all that determines a stage: the fields named, its parents' included, the code that makes it, and anything more."""
     makers = (prepare, complete, label, train_on_pairs, reward_model, score_of, values_of, ppo_run, train_and_judge, frontier.measure,
-              frontier.optimum, frontier.clustered, results.encode_pairs)
+              frontier.optimum, frontier.clustered, frontier.averages, results.encode_pairs)
     code = [source(data.__file__, sys.modules["model"].__file__), *map(inspect.getsource, makers)]
     text = json.dumps([{name: getattr(cfg, name) for name in fields.split()}, code, more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -302,7 +302,7 @@ def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
             judged, last = {}, step == steps
             if last or step % -(-steps // cfg.evaluations) == 0:
                 judged = frontier.measure(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
-                mean = {name: sum(s[name] for s in since) / len(since) for name in since[0]}    # over the steps since the last row
+                mean = frontier.averages(since)
             if wrong := [name for name, x in {**values, **judged}.items() if not math.isfinite(x)]:
                 raise FloatingPointError(f"{', '.join(wrong)} not finite")
             if judged:
@@ -329,7 +329,7 @@ def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, C
         code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
         key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, dpo.__file__ if loss else ppo.__file__), run,
                      lab.pairs_key * (run.method != "ppo_gt"))
-        jobs.append((f"{run.method}-{run.setting:g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
+        jobs.append((f"{run.method}-{run.setting:.12g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
 
 

@@ -10,9 +10,9 @@ from plots import STYLE, plt, save
 KL, SHARE = 2., .8
 CHARGED = {    # parts of a pipeline that come before a policy's own training -> beginning of the stages' names
     "SFT": "sft", "sampling and labelling": "completions-train", "reward model": "reward-model", "values": "values-{method}-"}
-PIPELINES = {"dpo": ["SFT", "sampling and labelling"], "ppo": list(CHARGED), "ppo_gt": ["SFT", "sampling and labelling", "values"],
-             "unlikelihood": ["SFT", "sampling and labelling"], "preferred_ft": ["SFT", "sampling and labelling"],
-             "constant_weight": ["SFT", "sampling and labelling"]}
+ON_PAIRS = ["SFT", "sampling and labelling"]
+PIPELINES = {"dpo": ON_PAIRS, "ppo": list(CHARGED), "ppo_gt": [*ON_PAIRS, "values"], "unlikelihood": ON_PAIRS, "preferred_ft": ON_PAIRS,
+             "constant_weight": ON_PAIRS}
 
 
 def arrivals(rows: list[dict], optimum: dict) -> list[dict]:

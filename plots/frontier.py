@@ -19,6 +19,15 @@ def clustered(x: Tensor) -> tuple[float, float]:
     return by_prompt.mean().item(), (by_prompt.std() / len(by_prompt) ** .5).item()
 
 
+def averages(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Over the steps of training since a policy was last judged: each number's mean, and its standard error as `name_se`."""
+    means = {}
+    for name in steps[0]:
+        x = torch.tensor([step[name] for step in steps], dtype=torch.float64)
+        means |= {name: x.mean().item(), f"{name}_se": x.std(correction=0).item() / max(len(x) - 1, 1) ** .5}
+    return means
+
+
 def measure(lab, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL of a policy on the prompts that judge, with standard errors; `names` name the generator."""
     ids, mask = respond(policy, lab.prompts, samples, lab.cfg.max_tokens, lab.encoding.eot_token, torch_rng("judge", *names, device=lab.device))

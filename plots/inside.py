@@ -12,12 +12,15 @@ PANELS = {"logp_w": "chosen: log \u03c0(y_w), nats", "logp_l": "rejected: log \u
 
 
 def curve(rows: list[dict], name: str) -> tuple:
-    """Over seeds: steps, mean and its standard error (0 for one seed). A row's mean over batches is put at the middle of them."""
+    """Steps, mean and its standard error: over seeds, or for one seed over batches. A row's mean over batches is put at the middle of them."""
     seeds = [sorted((row for row in rows if row["seed"] == seed), key=lambda row: row["step"]) for seed in sorted({r["seed"] for r in rows})]
     seeds = [line[:min(map(len, seeds))] for line in seeds]    # a failed run is shorter
     steps = numpy.array([0] + [row["step"] for row in seeds[0]])
     values = numpy.array([[row[name] for row in line] for line in seeds])                 # (seeds, steps)
-    se = values.std(0, ddof=1) / len(seeds) ** .5 if len(seeds) > 1 else 0 * values[0]
+    if len(seeds) > 1:
+        se = values.std(0, ddof=1) / len(seeds) ** .5
+    else:
+        se = numpy.array([row.get(f"{name}_se", 0.) for row in seeds[0]])                 # results of old have none
     return (steps[1:] + steps[:-1]) / 2, values.mean(0), se
 
 

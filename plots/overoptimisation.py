@@ -14,8 +14,7 @@ def measure(lab, runs: list[dict]) -> list[dict]:
     def rewards(state: dict, *names) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = respond(policy_of(lab, state), lab.prompts, SAMPLES, lab.cfg.max_tokens, lab.encoding.eot_token,
                             torch_rng("overoptimisation", *names, device=lab.device))
-        with torch.no_grad():
-            return lab.reward(ids, mask), score_batches(lab.learned, ids, mask)
+        return lab.reward(ids, mask), score_batches(lab.learned, ids, mask)
 
     reference, rows = rewards({}, "sft"), []
     mean, deviation = [r.mean() for r in reference], [r.std() for r in reference]

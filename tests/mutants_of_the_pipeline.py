@@ -13,11 +13,15 @@ from mutants import plant
 
 
 # --------------------------------------------------------------------------------------------------------------- the model
-@plant("attention sees later tokens", "model.F.scaled_dot_product_attention",
-       "later_tokens_change_nothing_earlier padding_changes_nothing "
-       "sampled_responses_follow_the_enumerated_distribution")
-def attention_not_causal(original, q, k, v, is_causal):
-    return original(q, k, v)
+@plant("attention sees later tokens", "model.later",
+       "later_tokens_change_nothing_earlier padding_changes_nothing sampled_responses_follow_the_enumerated_distribution")
+def attention_not_causal(original, x, start):
+    return original(x, start).clamp(min=0)
+
+
+@plant("keys and queries know no positions", "model.rotate", "attention_sees_distances_not_positions")
+def not_rotated(original, x, rotation):
+    return x
 
 
 @plant("rows of a batch see each other", "model.GPT.forward",
@@ -80,8 +84,7 @@ def fit_learns_filler(original, gpt, ids, lengths, order, lr):
 
 
 # ------------------------------------------------------------------------------------------------------------- the sampler
-@plant("the cache is off by one position", "model.GPT.hidden", "hidden_states_in_pieces_are_those_of_the_whole "
-       "cached_sampling_equals_uncached_sampling")
+@plant("the cache is off by one position", "model.GPT.hidden", "hidden_states_in_pieces_are_those_of_the_whole cached_sampling_equals_uncached_sampling")
 def cache_off_by_one(original, self, ids, caches=None, start=0):
     return original(self, ids, caches, max(start - 1, 0))
 

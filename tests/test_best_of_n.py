@@ -76,7 +76,7 @@ def test_the_kl_of_best_of_n_is_at_most_its_bound_and_attains_it_without_ties():
     assert abs(best_of_n.kl_bound(4) - (math.log(4) - 3 / 4)) < 1e-12
     for n in SIZES:
         for kl in (best_of_n.best_of_n_kl(TIED, n), best_of_n.best_of_n_kl(coarse(), n, reference())):
-            assert (kl <= best_of_n.kl_bound(n) + 1e-12).all() and (n == 1 or (kl < best_of_n.kl_bound(n) - .01).all()), \
+            assert (kl <= best_of_n.kl_bound(n) + 1e-12).all() and (n == 1 or (kl < best_of_n.kl_bound(n) - .005).all()), \
                 f"the best of {n} with ties: KL {kl.tolist()}, not below log N - (N-1)/N = {best_of_n.kl_bound(n):.4f}"
         kl = best_of_n.best_of_n_kl(distinct, n)
         assert (kl <= best_of_n.kl_bound(n) + 1e-12).all(), f"the best of {n}: KL {kl.tolist()} is above its bound"

@@ -97,12 +97,13 @@ def test_ppo_on_a_fitted_reward_arrives_at_the_optimum_of_r_over_tau():
 
 
 def test_fitted_values_are_expected_scores():
-    """V(x, y_<t) = E[score | x, y_<t] under pi_ref: by enumeration before the first token, and right before the last one too."""
-    ref, (ids, mask) = world.gpt(seed=2).float(), world.listed()
+    """V(x, y_<t) = E[score | x, y_<t] under pi_ref: by enumeration, before the first token."""
+    ref, (ids, mask) = world.gpt(seed=1).float(), world.listed()
     drawn = torch.cat([x * world.N + torch.multinomial(p, 4000, True, generator=world.generator(x)) for x, p in enumerate(world.table(ref).detach().exp())])
     fitted = ppo.fit_values(ref, ids[drawn], mask[drawn], total, 40, 1e-2, world.generator(5))
     critic = ppo.ScalarModel(ref)
     critic.load_state_dict(fitted)
     value = values_of(critic, ids, mask)[torch.arange(0, world.X * world.N, world.N)].gather(1, mask[::world.N].int().argmax(1, keepdim=True)).squeeze(1)
     expected = world.expectation(world.table(ref).detach(), total(ids, mask).view(world.X, world.N).double())
+    assert expected.diff().abs() > .3, "the two prompts must differ for this test to tell them apart"
     world.agree(value.double(), expected, "values before the first token are not the expected scores", tolerance=.15)

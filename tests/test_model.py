@@ -111,6 +111,17 @@ def test_later_tokens_change_nothing_earlier():
           "logits at a position changed with a later token: is the attention causal?")
 
 
+def test_attention_sees_distances_not_positions():
+    """Rotary positions: the product of a query turned at s and a key turned at t is a function of s - t, and not a constant one."""
+    turn = model.rotations(12, 5).double()
+    q, k = (model.rotate(x.expand(1, 12, 1, 5), turn)[:, :, 0] for x in world.normal(2, 5, seed=5))
+    product = (q @ k.transpose(-1, -2))[0]
+    agree(product[1:, 1:], product[:-1, :-1], "two tokens at the same distance, one position later, see each other otherwise: is a side not turned?",
+          tolerance=1e-6)
+    assert (product[0] - product[0, 0]).abs().max() > .1, "the product does not depend on the distance"
+    agree(q.norm(dim=-1), q.norm(dim=-1).mean().expand(1, 12), "a rotation keeps lengths", tolerance=1e-6)
+
+
 def test_half_precision_is_promoted_before_the_softmax():
     """bfloat16 logits give the float32 log-probabilities of those logits, not sums rounded at every step."""
     (ids, mask), logits = world.listed(x=0), world.normal(N, world.T, V, seed=6, scale=8.).bfloat16()
@@ -242,6 +253,7 @@ def test_cached_sampling_equals_uncached_sampling():
     slow = slow_sample(policy, prompts, lengths, 13, .7, world.generator(8))
     ended = (slow == END).int().argmax(1) - lengths
     assert len(set(ended.tolist())) > 5, "rows must end at different places for this test to tell"
+    ids = torch.nn.functional.pad(ids, (0, slow.shape[1] - ids.shape[1]), value=END)    # it stops when the last row has
     agree(ids, slow, "the sampler disagrees with a loop without cache: cache position, temperature, or rows mixed as some leave?")
 
 
