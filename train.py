@@ -49,7 +49,7 @@ class Config:
     max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
     # the model
     layers: int = option(2, "blocks of the GPT", 1, 100)
-    heads: int = option(4, "attention heads", 1, 100)
+    heads: int = option(2, "attention heads", 1, 100)
     width: int = option(64, "width of the GPT, a multiple of the heads", 1, 10**5)
     sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
     sft_batch: int = option(64, "reviews a step", 1, 10**5)
