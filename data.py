@@ -19,11 +19,13 @@ import os
 import pathlib
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple
 
 import tiktoken
@@ -384,16 +386,15 @@ def launch(workers: int) -> int:
                 said.update([line] if line.startswith("train.py: ") else [])
                 sys.stderr.write(line)
 
-    listeners = [threading.Thread(target=pass_on, args=(child,), daemon=True) for child in children]
-    for listener in listeners:
-        listener.start()
-    try:
-        codes = [child.wait() for child in children]
-    finally:
-        for child in children:
-            child.kill()
-        for listener in listeners:
-            listener.join()
+    before = signal.getsignal(signal.SIGINT)    # whoever interrupts this process alone stops all at once, even those still starting
+    signal.signal(signal.SIGINT, lambda *what: ([child.kill() for child in children], before(*what)))
+    with ThreadPoolExecutor(workers) as listeners:
+        listeners.map(pass_on, children)
+        try:
+            codes = [child.wait() for child in children]
+        finally:
+            for child in children:
+                child.kill()
     if min(codes) < 0:
         raise UserError(f"a worker was killed (signal {-min(codes)}): if memory ran out, take fewer --workers or smaller sizes")
     return max(codes)
