@@ -33,7 +33,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotations(positions: int, size: int) -> Tensor:
-    """Cosines and signed sines of each position and coordinate, (2, positions, 1, size); of an odd size the last is left as it is."""
+    """Cosines and signed sines of each position and coordinate, (2, positions, 1, size); of an odd size the last is left as it is.
+
+    Angles fall from 1 a position towards 1/1000 (usually 1/10,000): the texts are short.
+    """
     angle = torch.arange(positions)[:, None, None] * 1000. ** (-torch.arange(size // 2) / (size // 2))
     return torch.stack([F.pad(torch.cat([angle.cos(), angle.cos()], -1), (0, size % 2), value=1.),
                         F.pad(torch.cat([-angle.sin(), angle.sin()], -1), (0, size % 2))])
