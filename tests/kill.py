@@ -81,7 +81,7 @@ def two(out, flags, alone, r):
 def damage(harm, out, flags, alone, r):
     """A stage's file that is not what it was: it is named, and made again; every other is left alone."""
     shutil.copytree(alone["out"], out)
-    victim = r.choice(sorted(out.glob("*.pt")))
+    victim = r.choice(sorted(path for path in out.glob("*.pt") if "validation" not in path.name))    # theirs is not read again
     whole, other = victim.read_bytes(), r.choice([path for path in sorted(out.glob("*.pt")) if path.read_bytes() != victim.read_bytes()])
     victim.write_bytes({"truncated": whole[:r.randrange(1, len(whole))], "empty": b"", "foreign": b"not a stage\n", "another's": other.read_bytes()}[harm])
     survived, equal, printed = completes(out, flags, alone["rows"], {victim.name})
