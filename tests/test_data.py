@@ -110,9 +110,9 @@ def test_any_string_has_a_reward_in_the_unit_interval():
 def test_the_reward_takes_linear_time():
     """A megabyte of junk of six kinds, clauses begun and never finished among them, is read in less than a second each."""
     for junk in ["The plot was ", "The plot was not really ", ". ,", ",.", "superb ", ". The plot was superb"]:
-        start = time.perf_counter()
+        start = time.process_time()    # not the clock's: other work on this machine must not fail it
         data.sentiment(junk * (1_000_000 // len(junk)))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         assert seconds < 1.5, \
             f"{seconds:.1f} s for 1 MB of {junk!r}: the reward backtracks, and a policy could stall training with it"
 
