@@ -7,7 +7,9 @@ import math
 import os
 import pathlib
 import re
+import statistics
 
+import numpy
 import torch
 
 import data
@@ -55,6 +57,33 @@ def table(rows: list[dict]) -> str:
         share = f"{r['share']:>7.0%}{r['share_se']:>6.0%}" if r["share"] is not None else f"{'-':>7}{'-':>6}"
         lines.append(f"{r['method']:<14}{r['setting']:>8g}{r['seed']:>5}{r['kl']:>8.2f}{r['kl_se']:>6.2f}{r['reward']:>8.3f}"
                      f"{r['reward_se']:>6.3f}{share}{r['seconds']:>9.0f}")
+    return "\n".join(lines)
+
+
+def shares_at(rows: list[dict], method: str, kl: float) -> list[tuple[float, float]]:
+    """For each seed the share of the optimal gain, and its standard error, at a KL of the method's own frontier: linear in KL between
+    two finished policies, of which the farther is at most 4 times as far. A policy within a tenth of `kl` is near enough itself."""
+    found = []
+    for seed in sorted({row["seed"] for row in rows if row["method"] == method}):
+        mine = sorted((r for r in rows if r["final"] and (r["method"], r["seed"]) == (method, seed) and r["share"] is not None), key=lambda r: r["kl"])
+        low, high = [r for r in mine if r["kl"] <= kl * 1.1][-1:], [r for r in mine if r["kl"] >= kl / 1.1][:1]
+        if low and high and high[0]["kl"] <= 4 * low[0]["kl"]:
+            at = sorted(low + high, key=lambda r: r["kl"])
+            found.append(tuple(float(numpy.interp(kl, [r["kl"] for r in at], [r[name] for r in at])) for name in ("share", "share_se")))
+    return found
+
+
+def table_of_shares(rows: list[dict], kls: tuple[float, ...] = (1., 2., 4.)) -> str:
+    """Along each method's own frontier, as text: means over seeds and their standard errors, or one seed's own."""
+    lines = ["share of the optimal gain at KL" + "".join(f"{kl:>14g}" for kl in kls) + "   along each method's own frontier, mean over seeds"]
+    for method, (name, *_) in style(row["method"] for row in rows).items():
+        cells = []
+        for found in (shares_at(rows, method, kl) for kl in kls):
+            share, own = zip(*found) if found else ((), ())
+            error = statistics.stdev(share) / len(share) ** .5 if len(share) > 1 else sum(own)
+            cells.append(f"{statistics.fmean(share):.1%} +- {error:.1%}" if found else "-")
+        if set(cells) != {"-"}:
+            lines.append(f"{name:<31}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -202,7 +231,7 @@ def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict
     if measured:
         write_lines(out / "measured.jsonl", measured + cost.reckon(rows, optimum, seconds))
     draw_all(out)
-    print(table(rows))
+    print(table(rows), table_of_shares(rows), sep="\n\n")
     for failure in failures:
         print("FAILED: {method} {setting:g} seed {seed} at step {step}, its rows up to there are kept: {reason}".format(**failure))
     wrong = impossible(rows, optimum)

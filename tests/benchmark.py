@@ -4,9 +4,9 @@ Two shapes: train.py's default model with responses of 27 tokens, about as long 
 same model with prompts of 4 and responses of 24 tokens, 11 prompts x 4 completions = 44 sequences and 66 pairs a DPO step, 4 epochs
 of PPO. Models are untrained and learning rates next to nothing, so that responses keep their lengths and all rounds do the same.
 
-Works as train.py does: a process a core, each of one thread, all at the same measure at the same time; on a CUDA GPU one process.
-A rate is the sum over processes of each one's median round; a round visits all measures, so that a slow minute hits all alike.
-The last line is one JSON object, for the shape above. A benchmark, not a test: nothing is too slow for it.
+`--scale` adds longer responses and wider models. Works as train.py does: a process a core, each of one thread, all at the same
+measure at the same time; on a CUDA GPU one process. A rate is the sum over processes of each one's median round; a round visits all
+measures, so that a slow minute hits all alike. The last line is one JSON object, for the shape above. Not a test: nothing is too slow.
 """
 import argparse
 import contextlib
@@ -48,6 +48,8 @@ class Shape(train.Config):
 STILL = dict(lr=1e-9, sft_lr=1e-9, ppo_lr=1e-9, ppo_horizon=1e12, ppo_steps=10**6)    # nothing moves, and PPO does not end
 SHAPES = {"the shape above": Shape(**STILL, max_tokens=24, batch_prompts=11, ppo_epochs=4, shortest=4, longest=4),
           "default": Shape(**STILL, max_tokens=27)}    # the larger last: the peak of a process's memory never falls
+SCALE = {"responses of 54": Shape(**STILL, max_tokens=54), "responses of 108": Shape(**STILL, max_tokens=108),
+         "width 128": Shape(**STILL, max_tokens=27, width=128, heads=4), "width 256": Shape(**STILL, max_tokens=27, width=256, heads=8)}
 
 
 # ------------------------------------------------------ units of work: each `next` does one and gives what it was, in counts
@@ -164,13 +166,13 @@ def worker(shapes: dict[str, Shape], device: str, args: argparse.Namespace) -> N
 
 
 def report(rates: dict[str, dict[str, float]], title: str) -> None:
-    """The table, and the JSON line."""
-    row = "{:<44}{:>24}{:>24}".format
-    print(row(title, *rates))
-    for key, (label, unit) in LABELS.items():
-        print(row(label, *(f"{r[key]:,.0f} {r['gflops ' + unit] / r['gflops matmul_unit']:6.0%}" for r in rates.values())))
-    print(row("matmul GFLOP/s, 100% of the percentages", *(f"{r['gflops matmul_unit']:,.1f}   100%" for r in rates.values())))
-    print(row("peak memory of a process, MB", *(f"{r['memory']:,.0f} {'':6}" for r in rates.values())))
+    """The table, each rate with its share of the matmul rate; and the JSON line."""
+    row = ("{:<18}" + "{:>18}" * len(LABELS) + "{:>10}" * 2).format
+    print(f"{title}; in per cent of the rate of its matrix products alone, which is in the column GFLOP/s; MB: peak of a process so far")
+    print(row("", *(label for label, _ in LABELS.values()), "GFLOP/s", "MB"))
+    for name, r in rates.items():
+        print(row(name, *(f"{r[key]:,.0f} {r['gflops ' + unit] / r['gflops matmul_unit']:4.0%}" for key, (_, unit) in LABELS.items()),
+                  f"{r['gflops matmul_unit']:,.1f}", f"{r['memory']:,.0f}"))
     above = rates["the shape above"]
     numbers = {key: above[key] for key in LABELS if key != "completions_per_s"}
     print(json.dumps({**numbers, "matmul_gflops": above["gflops matmul_unit"], "peak_memory_mb": above["memory"]}))
@@ -184,12 +186,14 @@ def main() -> int | None:
     parser.error = lambda message: sys.exit(f"benchmark.py: {message}; see python -m tests.benchmark --help")
     for name, (default, low, high, meaning) in flags.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=f"{meaning} (default: {default})")
+    parser.add_argument("--scale", action="store_true", help="also longer responses and wider models: some 5 minutes more")
     args = parser.parse_args()
-    for name, value in vars(args).items():
-        if not flags[name][1] <= value <= flags[name][2]:
-            parser.error(f"--{name} must be from {flags[name][1]} to {flags[name][2]}, not {value}")
+    for name, (_, low, high, _) in flags.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
     if "RANK" in os.environ:
-        sizes = {name: replace(s, rows=args.rows, ppo_batch=min(s.ppo_batch, args.rows)) for name, s in SHAPES.items()}
+        shapes = {**SHAPES, **(SCALE if args.scale else {})}
+        sizes = {name: replace(s, rows=args.rows, ppo_batch=min(s.ppo_batch, args.rows)) for name, s in shapes.items()}
         return worker(sizes, "cuda" if torch.cuda.is_available() else "cpu", args)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BENCHMARK_STORE"] = f"{folder}/store"

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from plots import frontier, inside
+from plots import frontier, inside, results
 
 
 def standard_error(x: list[float]) -> float:
@@ -38,3 +38,24 @@ def test_points_of_the_frontier_are_means_over_seeds_with_their_standard_errors(
     several = frontier.over_seeds([row(seed, 10, reward=r) | {"kl": r} for seed, r in enumerate(rewards)])
     assert len(several) == 1 and several[0]["reward"] == pytest.approx(sum(rewards) / 3)
     assert several[0]["reward_se"] == several[0]["kl_se"] == pytest.approx(standard_error(rewards))
+
+
+def finished(kl, share, method="dpo", seed=0, share_se=.01):
+    return {"method": method, "setting": kl, "seed": seed, "final": True, "kl": kl, "share": share, "share_se": share_se}
+
+
+def test_shares_between_two_policies_are_on_the_line_between_them_and_nowhere_else():
+    """Along a method's own frontier: between neighbours, of one seed at a time, and not where there is no policy near."""
+    rows = [finished(3., .9, share_se=.03), finished(1., .5), finished(20., .1), finished(2., .99, "ppo"), finished(1.5, 0.) | {"final": False}]
+    assert results.shares_at(rows, "dpo", 2.) == [pytest.approx((.7, .02))]
+    assert results.shares_at(rows, "dpo", .5) == [] and results.shares_at(rows, "dpo", 5.) == [], "before the first, or between far ones"
+    assert results.shares_at(rows, "dpo", .95) == results.shares_at(rows, "dpo", 1.) == [pytest.approx((.5, .01))], "a policy within a tenth is near enough"
+    rows += [finished(kl, share, seed=1) for kl, share in ((1., .6), (3., .8), (2., None))]
+    assert [share for share, _ in results.shares_at(rows, "dpo", 2.5)] == pytest.approx([.8, .75]), "seeds must not mix"
+
+
+def test_the_table_of_shares_is_over_seeds():
+    several = [finished(2., share, seed=seed) for seed, share in enumerate((.6, .7, .74))]
+    assert f"68.0% +- {standard_error([.6, .7, .74]):.1%}" in results.table_of_shares(several)
+    assert "60.0% +- 1.0%" in results.table_of_shares(several[:1]), "one seed has its policy's own error"
+    assert "SFT" not in results.table_of_shares(several + [finished(0., None, "sft")])
