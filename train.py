@@ -333,16 +333,17 @@ def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, C
     return jobs
 
 
-def study(cfg: Config, stages: Stages, device: str) -> list[dict]:
-    """DPO once more with one obstacle at a time taken away, and each method at a third and at three times its learning rate."""
-    rows = []
+def study(cfg: Config, stages: Stages, device: str) -> tuple[list[dict], list[dict]]:
+    """DPO once more with one obstacle at a time taken away, each method at a third and at three times its learning rate: rows, failed runs."""
+    rows, failed = [], []
     for name, (fields, settings) in gap.variants(cfg).items():
         lab = prepare(dataclasses.replace(cfg, seeds=1, **fields), stages, device)
         runs = lab.stages.share(sweep(lab, settings), report=True)
         found = [{"figure": "gap", "variant": name, **row} for run in runs for row in run["rows"] if row["final"]]
         results.add_shares(found, frontier.optimum(lab, key_of(lab.cfg, OPTIMUM)))
         rows += found
-    return rows
+        failed += [{"rows": [], "failure": {**run["failure"], "reason": f"{name}: {run['failure']['reason']}"}} for run in runs if run["failure"]]
+    return rows, failed
 
 
 # ---------------------------------------------------------------------------------------------------------- the experiment
@@ -358,12 +359,12 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
             results.describe(path, lab.encoding, pairs, lab.prompts)
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
                  "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
-    first = [job for s in seeds for job in (reward_model(lab, s), values_of(lab, "ppo_gt", s), values_of(lab, "ppo", s))]
+    first = [reward_model(lab, s) for s in seeds] + [values_of(lab, m, s) for m in ("ppo_gt", "ppo") for s in seeds]    # these read those
     jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or first[:-1] + sweep(lab, baselines)
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
-    measured = []
+    studied, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
+    measured = [studied]
     if not students:
-        measured = [study(cfg, lab.stages._replace(seconds={}), device)] if args.study else []
         learned = score_of(lab, "ppo", cfg.seed)    # rounded, so that equal texts tie whatever batch they stand in
         lab = lab._replace(learned=lambda ids, mask: learned(ids, mask).round(decimals=4))
         key = key_of(cfg, SFT + EVALUATION, source(*sorted(pathlib.Path(results.__file__).parent.glob("*.py"))), [job[1] for job in jobs])
@@ -375,7 +376,7 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
         done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job)))] + done
     sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(frontier.measure, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
-    return results.publish(out, rows, done, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure],
+    return results.publish(out, rows, done + failed, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure],
                            lab.stages.seconds)
 
 

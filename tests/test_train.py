@@ -1,4 +1,6 @@
 """The experiment, end to end, in its tiny preset: what it writes, that it resumes, that it says what is wrong."""
+import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -125,3 +127,27 @@ def test_the_presets_are_valid():
     for name in train.PRESETS:
         cfg, _ = train.read_flags(["--preset", name])
         assert cfg.prompts > 0
+
+
+def test_the_study_changes_one_thing_at_a_time_and_names_what_failed(monkeypatch):
+    """Every variant of the decomposition is drawn, differs from the experiment in what it says, and a diverged run is not lost."""
+    default, asked = train.Config(), []
+
+    def prepare(cfg, *_):
+        asked.append(dataclasses.asdict(cfg))
+        return argparse.Namespace(cfg=cfg, stages=argparse.Namespace(share=lambda runs, report: runs))
+
+    def sweep(lab, settings):
+        row = {"reward": .6, "reward_se": .01, "kl": 1., "kl_se": .1, "final": True}
+        diverged = lab.cfg.lr > default.lr
+        return [{"rows": [row] * (not diverged), "failure": {"method": m, "reason": "loss not finite"} if diverged else None} for m in settings]
+
+    for name, stub in (("prepare", prepare), ("sweep", sweep)):
+        monkeypatch.setattr(train, name, stub)
+    monkeypatch.setattr(train.frontier, "optimum", lambda lab, key: {})
+    monkeypatch.setattr(train.results, "add_shares", lambda rows, optimum: None)
+    rows, failed = train.study(default, None, "cpu")
+    changed = [{name for name, x in cfg.items() if x != getattr(default, name)} for cfg in asked]
+    assert changed == [set(), {"prompts", "epochs"}, {"epochs"}, {"prompts"}, {"labels"}, {"width"}, {"ppo_steps"}, *[{"lr", "ppo_lr"}] * 2]
+    assert {row["variant"] for row in rows} == set(train.gap.variants(default)) - {"learning rate x 3.2"} >= set(train.gap.LINES)
+    assert [run["failure"]["reason"] for run in failed] == ["learning rate x 3.2: loss not finite"] * 3 and failed[0]["rows"] == []
