@@ -5,7 +5,7 @@ grammar writes the reviews and `sentiment` reads them, so the true reward r(x, y
 
 What is simplified, and why:
   1. Reviews come from a grammar, not from IMDb: a laptop can learn it, and its reward has no errors of its own.
-  2. The reward is a formula over parsed clauses, not a classifier: nothing that is not grammatical earns anything.
+  2. The reward is a formula over parsed clauses, not a classifier: a clause that does not parse earns nothing.
   3. Prompts have no beginning-of-text token: a prompt of 2-8 tokens is where the model starts, as in the paper.
 
 Everything random takes a generator made from names (`rng`), so that changing a loss never changes the data. At the end, what any
@@ -90,7 +90,7 @@ def sentiment(text: str) -> float:
     """The true reward r(x, y): probability in [0, 1] that a text (prompt and completion together) is positive.
 
     sigma(weighted mean valence) over the opinions that parse; .5 where there is none. Takes any string, in linear time.
-    Repetition, spam and broken grammar do not parse and so earn nothing; being cut off costs nothing by itself.
+    Repeated, endless and broken clauses earn nothing, and cost nothing: the opinions between them still count. Nor does being cut off.
     """
     clauses = opinions(text)
     if not clauses:

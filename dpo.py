@@ -34,7 +34,7 @@ def make_pairs(logp: Tensor, ref: Tensor, length: Tensor, winner: Tensor, loser:
     return Pair(logp[winner], logp[loser], ref[winner], ref[loser], length[winner], length[loser])
 
 
-# ------------------------------------------------------------------------------------- the optimum (Section 3, App. A.1)
+# ------------------------------------------------------------------------------------- the optimum (Section 4, App. A.1)
 def log_partition(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
     """log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta)                      below Eq. 4;  (..., N), (..., N) -> (...)"""
     return torch.logsumexp(ref_logp + reward / beta, -1)
@@ -73,8 +73,9 @@ def dpo_loss(pair: Pair, beta: float) -> Tensor:
 def dpo_gradient(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """dL/dlog pi(y_w) = -beta sigma(rhat_l - rhat_w)   and   dL/dlog pi(y_l) = +beta sigma(rhat_l - rhat_w)
 
-    Section 4 and Eq. 21-22, by hand: with u = rhat_w - rhat_l, d(-log sigma(u))/du = -sigma(-u). The weight sigma(-u) is near 1
-    where the implicit reward ranks the pair wrongly and near 0 where it is right: DPO stops pushing what is already apart.
+    Section 4, by hand: with u = rhat_w - rhat_l, d(-log sigma(u))/du = -sigma(-u). The weight sigma(-u) is near 1 where the
+    implicit reward ranks the pair wrongly and near 0 where it is right: DPO stops pushing what is already apart.
+    (Eq. 21-22 derive the same, printed with w and l exchanged in u and so in the weight.)
     """
     u = implicit_reward(pair.logp_w - pair.logp_l, pair.ref_w - pair.ref_l, beta)
     weight = torch.sigmoid(-u)
@@ -109,7 +110,7 @@ def plackett_luce_loss(logp: Tensor, ref: Tensor, beta: float) -> Tensor:
 def unlikelihood_loss(pair: Pair, alpha: float) -> Tensor:
     """-[log pi(y_w) - alpha log pi(y_l)]                                                                        App. C.3 -> (B,)
 
-    Not bounded below: nothing stops it from pushing y_l down forever, so it is run for a number of steps.
+    alpha as in Section 6. Not bounded below: nothing stops it from pushing y_l down forever, so it is run for a number of steps.
     """
     return -(pair.logp_w - alpha * pair.logp_l)
 

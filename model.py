@@ -130,7 +130,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
     """log pi(ids[t] | ids[<t]) for t = 1..T-1: logits (B, T, V), ids (B, T) -> (B, T-1).
 
-    The off-by-one of all language models, here and nowhere else: the logits at t-1 predict the token at t. So entry t-1 of
+    The off-by-one of all language models: the logits at t-1 predict the token at t. So entry t-1 of
     the result belongs to ids[t], the first token has no probability, and the last logits predict nothing that we have.
     """
     return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)

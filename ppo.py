@@ -12,7 +12,7 @@ PPO here is no straw man. All of these are present (and tested):
      samples before PPO begins; after that only its last layer learns                         -> `fit_values`
   7. Adam with eps 1e-5, a learning rate warmed up and annealed to 0; no dropout; sampling and scoring at temperature 1
 Left out: an entropy bonus (the KL penalty has one in it), a penalty for a missing end token (it would not be the true reward),
-reward clipping (the reward is bounded).
+reward clipping (it would be another reward).
 
 *Objective* is what is maximised, *loss* what is minimised. B episodes, T positions; a mask (B, T) says which are response tokens.
 """

@@ -89,9 +89,8 @@ PRESETS = {
     "default": {},
     "paper": dict(prompts=25_000, preferred_runs=2, ppo_steps=200, optimum_samples=8_192),
     "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
-                 betas=(.5, 2.), alphas=(.1,), preferred_runs=1, batch_prompts=8, rm_epochs=1, kl_targets=(1.,), ppo_steps=2,
-                 ppo_batch=16, ppo_minibatch=8, ppo_epochs=1, eval_prompts=12, eval_samples=4, evaluations=2,
-                 optimum_samples=640),
+                 betas=(.5, 2.), alphas=(.1,), preferred_runs=1, rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
+                 ppo_minibatch=8, eval_prompts=12, eval_samples=4, evaluations=2, optimum_samples=640),
 }
 
 
@@ -102,7 +101,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--preset", default="default", choices=PRESETS, help="sizes to start from; other flags override them")
     parser.add_argument("--out", help="folder for all that is written (default runs/PRESET)")
     parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
-                        help="train this loss over --betas instead of the sweep, beside the baselines that are there; repeatable")
+                        help="train this loss, all of it in one file, over --betas instead of the sweep, beside the baselines that are there; repeatable")
     parser.add_argument("--pairs", metavar="FILE.jsonl", help="preferences of your own, a JSON object a line: prompt, chosen, rejected")
     parser.add_argument("--study", action="store_true", help="also run DPO without one obstacle at a time, for plots/gap.py and the README")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -118,7 +117,7 @@ def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")    # bytes; needed: weights, gradients, Adam's, pi_ref; ids, masks
     for wrong, message in (
             (args.workers is not None and not 0 < args.workers < 257, f"--workers must be from 1 to 256, not {args.workers}"),
-            (args.study and args.loss, "--study and --loss do not go together: the study is of the paper's methods"),
+            (args.study and (args.loss or args.pairs), "--study goes with neither --loss nor --pairs: it is of the paper's methods on pi_ref's pairs"),
             (args.out == "", "--out names no folder"),
             (needed > there, f"these sizes need at least {needed / 1e9:,.0f} GB of memory and there are {there / 1e9:.0f}: take smaller ones"),
             (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
@@ -328,7 +327,7 @@ def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, C
     for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
         code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
         key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, dpo.__file__ if loss else ppo.__file__), run,
-                     lab.pairs_key * (run.method != "ppo_gt"))
+                     getattr(loss, "__name__", ""), run.method in WATCHED, lab.pairs_key * (run.method != "ppo_gt"))
         jobs.append((f"{run.method}-{run.setting:.12g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
     return jobs
 
@@ -359,16 +358,16 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
             results.describe(path, lab.encoding, pairs, lab.prompts)
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
                  "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
-    first = [reward_model(lab, s) for s in seeds] + [values_of(lab, m, s) for m in ("ppo_gt", "ppo") for s in seeds]    # these read those
-    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or first[:-1] + sweep(lab, baselines)
+    *first, last = [reward_model(lab, s) for s in seeds] + [values_of(lab, m, s) for m in ("ppo_gt", "ppo") for s in seeds]
+    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [*first, *sweep(lab, baselines), last]    # last: it waits for the first
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
-    studied, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
-    measured = [studied]
+    measured, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
     if not students:
         learned = score_of(lab, "ppo", cfg.seed)    # rounded, so that equal texts tie whatever batch they stand in
         lab = lab._replace(learned=lambda ids, mask: learned(ids, mask).round(decimals=4))
         key = key_of(cfg, SFT + EVALUATION, source(*sorted(pathlib.Path(results.__file__).parent.glob("*.py"))), [job[1] for job in jobs])
-        measured += lab.stages.share([(f"figure-{name}", key, partial(module.measure, lab, done)) for name, module in results.MEASURED.items()])
+        figures = [(f"figure-{name}", key, partial(module.measure, lab, done)) for name, module in results.MEASURED.items()]
+        measured += sum(lab.stages.share(figures), [])
     if rank:
         return 0
     if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
@@ -376,8 +375,7 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
         done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job)))] + done
     sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(frontier.measure, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
-    return results.publish(out, rows, done + failed, optimum, dataclasses.asdict(cfg), [row for figure in measured for row in figure],
-                           lab.stages.seconds)
+    return results.publish(out, rows, done + failed, optimum, dataclasses.asdict(cfg), measured, {} if students else lab.stages.seconds)
 
 
 def main() -> int:

@@ -89,7 +89,7 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
                       fmt=marker, color=colour, ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1,
                       label=label, zorder=4, clip_on=False)
     height = 0.
-    far = over_seeds([row for row in rows if row["final"] and row["kl"] > RIGHT])
+    far = [row for row in over_seeds([row for row in rows if row["final"]]) if row["kl"] > RIGHT]
     for r in sorted(far, key=lambda r: r["reward"]):
         height = max(r["reward"], height + .025)    # labels of neighbours stand above each other
         axis.annotate(f"KL {r['kl']:.0f} \u2192", (RIGHT, height), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)

@@ -13,7 +13,7 @@ def variants(cfg) -> dict[str, tuple[dict, dict]]:
     return {"as it is": ({}, {**spread, **dpo_alone}),
             "half the pairs, twice": (dict(prompts=cfg.prompts // 2, epochs=2 * cfg.epochs), dpo_alone),
             "all pairs, twice": (dict(epochs=2 * cfg.epochs), dpo_alone),
-            "twice the pairs": (dict(prompts=2 * cfg.prompts, reviews=max(cfg.reviews, 5 * cfg.prompts // 2)), dpo_alone),
+            **({"twice the pairs": (dict(prompts=2 * cfg.prompts), dpo_alone)} if 2 * cfg.prompts <= .8 * cfg.reviews else {}),
             "Bradley-Terry labels": (dict(labels="bt"), dpo_alone),
             "twice as wide": (dict(width=2 * cfg.width), dpo_alone),
             EPISODES: (dict(ppo_steps=4 * cfg.ppo_steps), {"ppo_gt": cfg.kl_targets[1:2]}),

@@ -216,8 +216,13 @@ def draw_all(out: pathlib.Path) -> list[str]:
 
 def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict, config: dict, measured: list[dict],
             seconds: dict[str, float]) -> int:
-    """Write and draw all, the rows given and those of the runs; print the table and whatever is wrong. Returns the exit code."""
-    measured = measured + [row for row in load_lines(out / "measured.jsonl") if row["figure"] not in {new["figure"] for new in measured} | {"cost"}]
+    """Write and draw all, the rows given and those of the runs; print the table and whatever is wrong. Returns the exit code.
+
+    `seconds` are those of the stages, by name; without them the cost of what is there stays as it was reckoned.
+    """
+    made = {row["figure"] for row in measured}
+    if load_lines(out / "optimum.json") == [optimum]:    # what an earlier command measured of this pi_ref stays
+        measured = measured + [row for row in load_lines(out / "measured.jsonl") if row["figure"] not in made]
     best = [row for row in measured if row["figure"] == "best_of_n" and row["setting"] > 1]    # Best-of-1 is SFT
     rows = rows + [row for run in runs for row in run["rows"]] + best
     rows = [{**{name: x for name, x in row.items() if name != "figure"}, "config": config} for row in rows]
@@ -228,8 +233,9 @@ def publish(out: pathlib.Path, rows: list[dict], runs: list[dict], optimum: dict
     write_lines(out / "results.jsonl", rows)
     write_lines(out / "failures.jsonl", failures)
     write_lines(out / "optimum.json", [optimum])
-    if measured:
-        write_lines(out / "measured.jsonl", measured + cost.reckon(rows, optimum, seconds))
+    if seconds:
+        measured = [row for row in measured if row["figure"] != "cost"] + cost.reckon(rows, optimum, seconds)
+    write_lines(out / "measured.jsonl", measured)
     draw_all(out)
     print(table(rows), table_of_shares(rows), sep="\n\n")
     for failure in failures:

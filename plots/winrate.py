@@ -2,7 +2,7 @@
 
 A response's opponent is the review from which its prompt was cut; the true reward judges, a tie counts half. Policies are those
 nearest to 2 nats of KL at temperature 1. The paper (TL;DR, judged by GPT-4): DPO wins 61% at temperature 0, PPO 57% at its best,
-which is 0 too, and PPO falls back to the level of SFT as the temperature rises, DPO less.
+which is 0 too, and PPO falls to the level of the model before SFT as the temperature rises; DPO does not.
 
 At temperature 0 a policy says nearly the same whatever the prompt, since openings are neutral: its win rate is that of one text,
 good or bad by luck, and the standard error over prompts does not know that. `distinct` counts the different rewards; points that

@@ -97,12 +97,14 @@ def test_an_unreadable_stage_is_named_and_made_again(copy):
 
 def test_a_loss_of_ones_own_gets_its_curve_beside_the_baselines(copy, tmp_path):
     (tmp_path / "mine.py").write_text("def mine(pair, beta):\n    return (pair.logp_w - pair.logp_l - 1 / beta) ** 2\n")
-    before = rows(copy)
+    cost = lambda: [line for line in (copy / "measured.jsonl").read_text().splitlines() if '"figure": "cost"' in line]
+    before, charged = rows(copy), cost()
     code, printed = run(copy, "--loss", f"{tmp_path}/mine.py:mine", "--betas", ".3")
     after = rows(copy)
     without = lambda found: sorted(str({k: v for k, v in r.items() if k != "config"}) for r in found if r["method"] != "mine")
     assert code == 0 and without(after) == without(before), printed
     assert {r["setting"] for r in after if r["method"] == "mine" and r["final"]} == {.3}
+    assert charged and cost() == charged, "the baselines' cost is not what it was: are stages that this command does not need left out?"
 
 
 def test_a_loss_that_fails_late_ends_its_own_run_alone(copy, tmp_path):

@@ -18,7 +18,7 @@ def ipo(pair, beta):
 
 
 def cdpo(pair, beta, e=.1):
-    """-(1-e) log sigma(beta h) - e log sigma(-beta h): a share e of labels is taken to be flipped; least at log((1-e)/e)"""
+    """-(1-e) log sigma(beta h) - e log sigma(-beta h): a share e of labels is flipped; least at beta h = log((1-e)/e)   (Mitchell 2023)"""
     h = beta * margin(pair)
     return -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
 
@@ -30,17 +30,20 @@ def robust_dpo(pair, beta, e=.1):
 
 
 def hinge(pair, beta):
-    """max(0, 1 - beta h): flat beyond its margin                                    (SLiC, Zhao et al. 2023; Liu et al. 2023)"""
+    """max(0, 1 - beta h): flat beyond its margin                                       (hinge-norm of RSO, Liu et al. 2023)"""
     return (1 - beta * margin(pair)).clamp(min=0)
 
 
 def simpo(pair, beta, gamma=.1):
-    """-log sigma(beta (mean log pi(y_w) - mean log pi(y_l) - gamma)): means over tokens, no reference      (Meng et al. 2024)"""
+    """-log sigma(beta (mean log pi(y_w) - mean log pi(y_l) - gamma)): means over tokens, no reference      (Meng et al. 2024)
+
+    gamma is their gamma / beta, .5 with a beta of 2 and more for their models.
+    """
     return -F.logsigmoid(beta * (pair.logp_w / pair.len_w - pair.logp_l / pair.len_l - gamma))
 
 
 def orpo(pair, beta):
-    """-mean log pi(y_w) - beta log sigma(log-odds ratio), odds p/(1-p) of the mean token probability       (Hong et al. 2024)"""
+    """-mean log pi(y_w) - beta log sigma(log-odds ratio), odds p/(1-p) of the geometric mean of token probabilities       (Hong et al. 2024)"""
     w, l = pair.logp_w / pair.len_w, pair.logp_l / pair.len_l
     odds = (w - torch.log(-torch.expm1(w.clamp(max=-1e-6)))) - (l - torch.log(-torch.expm1(l.clamp(max=-1e-6))))
     return -w - beta * F.logsigmoid(odds)
