@@ -90,7 +90,7 @@ def sentiment(text: str) -> float:
     """The true reward r(x, y): probability in [0, 1] that a text (prompt and completion together) is positive.
 
     sigma(weighted mean valence) over the opinions that parse; .5 where there is none. Takes any string, in linear time.
-    Repeated, endless and broken clauses earn nothing, and cost nothing: the opinions between them still count. Nor does being cut off.
+    Repeated and broken clauses earn nothing and cost nothing, nor does being cut off: the opinions that parse still count.
     """
     clauses = opinions(text)
     if not clauses:
