@@ -92,12 +92,14 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotations(config.context, config.width // config.heads), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        for name, p in self.named_parameters():                       # GPT-2's initialisation
+        for name, p in self.named_parameters():                       # GPT-2's initialisation, but for the tokens
             if p.dim() == 2:
                 depth = (2 * config.layers) ** -.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.
-                nn.init.normal_(p, std=.02 * depth, generator=generator)
+                # SFT leaves words of one role where they began; had that been one place, nothing later could tell "superb" from "dull".
+                nn.init.normal_(p, std=.2 if p is self.token.weight else .02 * depth, generator=generator)
             elif not name.endswith("weight"):
-                nn.init.zeros_(p)                                     # biases; the norms' weights stay 1
+                nn.init.zeros_(p)                                     # biases; the norms' weights stay 1 ...
+        nn.init.constant_(self.norm.weight, .1)                       # ... but the last: the first logits are as small as GPT-2's
 
     def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, start: int = 0) -> Tensor:
         """ids (B, T) at positions start..start+T-1 -> last hidden states (B, T, W)."""
@@ -282,14 +284,25 @@ def respond(model: GPT, prompts: tuple[Tensor, Tensor], count: int, max_tokens: 
     return ids, response_mask(ids, lengths, max_tokens, end)
 
 
+def longest(mask: Tensor) -> int:
+    """One past the last response token of all rows: what stands beyond is filler. mask (B, T)"""
+    return int(mask.any(0).nonzero().max()) + 1
+
+
 @torch.no_grad()
 def score_batches(function, ids: Tensor, mask: Tensor, batch: int = 512) -> Tensor:
-    """function(ids, mask) -> (B,) over many rows, a batch at a time, each cut to its longest: (N, T), (N, T) -> (N,)"""
-    parts = []
-    for a, b in zip(ids.split(batch), mask.split(batch)):
-        width = int(b.any(0).nonzero().max()) + 1
-        parts.append(function(a[:, :width], b[:, :width]))
-    return torch.cat(parts)
+    """function(ids, mask) -> (B, ...) over many rows, in batches of like length, each cut to its longest: (N, T), (N, T) -> (N, ...)
+
+    Where it gives something for each token, (B, T, ...), what was cut off is 0.
+    """
+    parts, order = [], mask.sum(1).argsort(stable=True)
+    for rows in order.split(batch):
+        width = longest(mask[rows])
+        part = function(ids[rows, :width], mask[rows, :width])
+        if part.dim() > 1:
+            part = torch.cat([part, part.new_zeros(len(rows), mask.shape[1] - width, *part.shape[2:])], 1)
+        parts.append(part)
+    return torch.cat(parts)[order.argsort()]
 
 
 def log_probabilities(model: GPT, ids: Tensor, mask: Tensor, device: str | None = None) -> Tensor:

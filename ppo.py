@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Preferences, UserError, prompt_batch
-from model import GPT, response_logp, response_mask, sample, schedule, score_batches, state_of
+from model import GPT, longest, response_logp, response_mask, sample, schedule, score_batches, state_of
 
 
 # ---------------------------------------------------------------------------------------------------- the reward model
@@ -140,14 +140,9 @@ def adapt(coefficient: float, kl: float, target: float, episodes: int, horizon: 
 
 
 # --------------------------------------------------------------------------------------------------------- PPO, as a recipe
-def states_of(critic: ScalarModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """The critic's hidden states in which the M response tokens were chosen, one position before each. (B, T), (B, T) -> (M, W)"""
-    return critic.gpt.hidden(ids[:, :-1])[mask[:, 1:]]
-
-
-def placed(x: Tensor, mask: Tensor) -> Tensor:
-    """One number for each response token, where it stands: (M,), (B, T) -> (B, T), 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+def states_of(critic: ScalarModel, ids: Tensor) -> Tensor:
+    """The critic's hidden state in which each token was chosen, one position before it: (B, T) -> (B, T, W), 0 for the first."""
+    return F.pad(critic.gpt.hidden(ids[:, :-1]), (0, 0, 1, 0))
 
 
 def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor], batch: int, lr: float,
@@ -164,9 +159,9 @@ def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Ten
     optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, weight_decay=0., fused=True)
     decay = schedule(optimizer, len(order))
     for rows in order:
-        width = int(mask[rows].any(0).nonzero().max()) + 1
+        width = longest(mask[rows])
         a, b = ids[rows, :width].to(device), mask[rows, :width].to(device)
-        value = critic.head(states_of(critic, a, b)).squeeze(-1)                            # (M,)
+        value = critic.head(states_of(critic, a)[b]).squeeze(-1)                            # (M,) for M response tokens
         loss = ((value - scores[rows.to(device), None].expand(b.shape)[b]) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -177,7 +172,7 @@ def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Ten
 
 
 class Batch(NamedTuple):
-    """Episodes as they were sampled; all (B, T) but the score, (B,), and the state, (M, W) for the M response tokens."""
+    """Episodes as they were sampled; all (B, T) but the score, (B,), and the state, (B, T, W)."""
     ids: Tensor
     mask: Tensor
     logp: Tensor         # under the policy that wrote them
@@ -193,9 +188,10 @@ def roll_out(policy: GPT, ref: GPT, critic: ScalarModel, prompts: tuple[Tensor, 
     """One episode for each prompt: sampled by the policy, judged by `score(ids, mask) -> (B,)`."""
     ids = sample(policy, *prompts, max_tokens, end, generator=generator)
     mask = response_mask(ids, prompts[1], max_tokens, end)
-    state = states_of(critic, ids, mask)
-    return Batch(ids, mask, response_logp(policy, ids, mask), response_logp(ref, ids, mask), state,
-                 placed(critic.head(state).squeeze(-1), mask), score(ids, mask))
+    in_parts = partial(score_batches, ids=ids, mask=mask, batch=64)    # like lengths together: a third less filler
+    state = in_parts(lambda a, b: states_of(critic, a))
+    return Batch(ids, mask, in_parts(partial(response_logp, policy)), in_parts(partial(response_logp, ref)), state,
+                 critic.head(state).squeeze(-1).masked_fill(~mask, 0.), in_parts(score))
 
 
 def update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer, batch: Batch, coefficient: float, epochs: int,
@@ -209,9 +205,10 @@ def update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer, b
     # 4. clipped updates, each epoch in a new order.
     for _ in range(epochs):
         for rows in torch.randperm(len(batch.ids), generator=generator, device=batch.ids.device).split(minibatch):
-            ids, mask = batch.ids[rows], batch.mask[rows]
-            value = placed(critic.head(batch.state).squeeze(-1), batch.mask)[rows][mask]
-            logp = response_logp(policy, ids, mask)[mask]
+            mask = batch.mask[rows]
+            width = longest(mask)
+            value = critic.head(batch.state[rows][mask]).squeeze(-1)
+            logp = response_logp(policy, batch.ids[rows, :width], mask[:, :width])[mask[:, :width]]
             loss = policy_loss(logp, batch.logp[rows][mask], advantages[rows][mask]).mean() \
                 + value_weight * value_loss(value, batch.value[rows][mask], returns[rows][mask]).mean()
             optimizer.zero_grad()

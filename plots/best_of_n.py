@@ -53,9 +53,8 @@ def measure(lab, _) -> list[dict]:
     cfg, prompts = lab.cfg, len(lab.prompts[0])
     generator = data.torch_rng("best of n", cfg.seed, device=lab.device)
     ids, mask = respond(lab.ref, lab.prompts, POOL, cfg.max_tokens, lab.encoding.eot_token, generator)
-    by_length = mask.sum(1).argsort()                                                    # like with like: half as much filler
-    learned = score_batches(lab.learned, ids[by_length], mask[by_length])[by_length.argsort()]
-    learned, true, length = (x.cpu().view(prompts, -1) for x in (learned, lab.reward(ids, mask), mask.sum(1)))
+    scores = score_batches(lab.learned, ids, mask), lab.reward(ids, mask), mask.sum(1)
+    learned, true, length = (x.cpu().view(prompts, -1) for x in scores)
     review = torch.tensor([data.sentiment(text) for text in lab.corpus[cfg.split][:prompts]])[:, None]    # (X, 1)
     means = {"reward": true, "win_rate": (true > review) + .5 * (true == review), "length": length}    # of each response, (X, M)
     rows = []

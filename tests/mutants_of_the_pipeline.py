@@ -310,8 +310,8 @@ def penalty_rewards_kl(original, score, logp, ref_logp, mask, coefficient):
 
 
 @plant("a value is read at its token, which it then knows", "ppo.states_of", "the_value_of_a_token_is_read_before_it")
-def value_at_the_token(original, critic, ids, mask):
-    return critic.gpt.hidden(ids)[mask]
+def value_at_the_token(original, critic, ids):
+    return critic.gpt.hidden(ids)
 
 
 @plant("values are fitted to the score of another row", "ppo.score_batches", "fitted_values_are_expected_scores")
@@ -322,7 +322,7 @@ def value_of_another(original, function, ids, mask, batch=512):
 @plant("the network under the critic learns on", "ppo.update", "updates_move_the_policy_and_the_critics_head_and_nothing_else")
 def critic_learns_on(original, policy, critic, optimizer, batch, *rest):
     critic.gpt.requires_grad_(True)
-    return original(policy, critic, optimizer, batch._replace(state=ppo.states_of(critic, batch.ids, batch.mask)), *rest)
+    return original(policy, critic, optimizer, batch._replace(state=ppo.states_of(critic, batch.ids)), *rest)
 
 
 @plant("gae uses the value past the end", "ppo.gae", "the_value_after_the_last_token_is_zero gae_is_the_discounted_sum_of_errors")

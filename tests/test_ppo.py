@@ -164,7 +164,7 @@ def test_the_mean_penalty_is_the_kl():
 
 
 def values_of(critic, ids, mask):
-    return ppo.placed(critic.head(ppo.states_of(critic, ids, mask)).squeeze(-1), mask)
+    return critic.head(ppo.states_of(critic, ids)).squeeze(-1).masked_fill(~mask, 0.)
 
 
 def test_the_value_of_a_token_is_read_before_it():
