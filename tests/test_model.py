@@ -1,4 +1,6 @@
 """The model: its probabilities, its KL and its sampler, against enumeration and slow loops."""
+import math
+
 import torch
 
 import model
@@ -213,6 +215,14 @@ def test_response_kl_is_the_sequence_kl():
 
 
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
+def test_a_fresh_gpt_is_near_uniform_though_its_tokens_stand_apart():
+    """A token costs log V within 2% at the start; yet no two embeddings are nearer than 1, since SFT has no reason to part synonyms."""
+    policy, ids = model.GPT(model.GPTConfig(97, 20, 2, 2, 64), world.generator(1)), torch.arange(97 * 20).view(-1, 20) * 31 % 97
+    cost, distance = -model.token_logp(policy(ids), ids).mean().item(), torch.pdist(policy.token.weight).min().item()
+    assert abs(cost / math.log(97) - 1) < .02, f"a fresh GPT pays {cost:.2f} nats a token, not log 97: are its first logits too large?"
+    assert distance > 1, f"two tokens start {distance:.2f} apart: what is learned after SFT could hardly tell them from each other"
+
+
 def test_the_learning_rate_warms_up_and_comes_down():
     """Linear from 0 over the first tenth of the steps, never above the peak, then linear down; a loop over 40 steps."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3.)
@@ -329,4 +339,11 @@ def test_scoring_in_batches_is_scoring_at_once():
     """score_batches cuts rows into batches and columns to what the mask needs; log pi(y|x) does not notice."""
     policy, (ids, mask) = world.gpt(seed=6), world.listed()
     result = model.score_batches(lambda a, b: model.sequence_logp(policy(a), a, b), ids, mask, batch=11)
-    agree(result, model.sequence_logp(policy(ids), ids, mask), "score_batches lost or cut a row: is a response token cut off?")
+    agree(result, model.sequence_logp(policy(ids), ids, mask), "score_batches lost, cut or moved a row: is a response token cut off?")
+
+
+def test_scoring_tokens_in_batches_keeps_their_places():
+    """What has a number for each token comes back as wide as it was, each number at its token, whatever lengths were batched together."""
+    policy, (ids, mask) = world.gpt(seed=6), world.listed()
+    result = model.score_batches(lambda a, b: model.response_logp(policy, a, b), ids, mask, batch=11)
+    agree(result, model.response_logp(policy, ids, mask), "score_batches lost or moved a token")
