@@ -55,7 +55,7 @@ class Config:
     sft_batch: int = option(64, "reviews a step", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
     # preferences (Section 6)
-    prompts: int = option(12_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
+    prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
     completions: int = option(4, "completions a prompt: 4 give 6 pairs", 2, 64)
     labels: str = option("deterministic", "deterministic: the higher true reward wins (paper); bt: Bradley-Terry, Eq. 1",
                          choices=("deterministic", "bt"))
@@ -63,7 +63,7 @@ class Config:
     # DPO and the other losses on pairs (App. B)
     betas: tuple[float, ...] = option((.5, 1., 2., 4.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
     alphas: tuple[float, ...] = option((.05, .1, .5, 1.), "alpha of Unlikelihood, a list (the paper's)", 0, 1e6)
-    preferred_runs: int = option(2, "runs of Preferred-FT, each in an order of its own", 0, 100)
+    preferred_runs: int = option(1, "runs of Preferred-FT, each in an order of its own", 0, 100)
     batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1, 10**5)
     lr: float = option(5e-4, "peak learning rate on pairs, after 10% warm-up, then linear to 0", 1e-12, 10)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
@@ -71,11 +71,11 @@ class Config:
     rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
     rm_lr: float = option(1e-3, "peak learning rate of the reward model", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
-    ppo_steps: int = option(100, "batches of episodes", 1, 10**6)
+    ppo_steps: int = option(120, "batches of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(1, "passes over a batch", 1, 100)
-    ppo_lr: float = option(6e-4, "peak learning rate of policy and values, after 10% warm-up, then linear to 0", 1e-12, 10)
+    ppo_lr: float = option(1e-3, "peak learning rate of policy and values, after 10% warm-up, then linear to 0", 1e-12, 10)
     ppo_coefficient: float = option(.75, "price of a nat to start with, at target 1, in standard deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
@@ -87,9 +87,9 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, preferred_runs=1, ppo_steps=128, optimum_samples=8_192),
+    "paper": dict(prompts=25_000, ppo_steps=256, optimum_samples=8_192),
     "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
-                 betas=(.5, 2.), alphas=(.1,), preferred_runs=1, rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
+                 betas=(.5, 2.), alphas=(.1,), rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
                  ppo_minibatch=8, eval_prompts=12, eval_samples=4, evaluations=2, optimum_samples=640),
 }
 
