@@ -98,8 +98,7 @@ class GPT(nn.Module):
                 # SFT leaves words of one role where they began; had that been one place, nothing later could tell "superb" from "dull".
                 nn.init.normal_(p, std=.2 if p is self.token.weight else .02 * depth, generator=generator)
             elif not name.endswith("weight"):
-                nn.init.zeros_(p)                                     # biases; the norms' weights stay 1 ...
-        nn.init.constant_(self.norm.weight, .1)                       # ... but the last: the first logits are as small as GPT-2's
+                nn.init.zeros_(p)                                     # biases; the norms' weights stay 1
 
     def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, start: int = 0) -> Tensor:
         """ids (B, T) at positions start..start+T-1 -> last hidden states (B, T, W)."""

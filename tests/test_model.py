@@ -1,6 +1,4 @@
 """The model: its probabilities, its KL and its sampler, against enumeration and slow loops."""
-import math
-
 import torch
 
 import model
@@ -12,7 +10,7 @@ def long_gpt(seed=3):
     """A GPT with room for responses of many tokens; END is rare enough that they end at different places."""
     policy = model.GPT(model.GPTConfig(V, 31, 2, 3, 12), world.generator(seed)).double()
     with torch.no_grad():
-        for p in policy.parameters():
+        for p in policy.blocks.parameters():
             p *= 8. if p.dim() == 2 else 1.
     return policy
 
@@ -215,11 +213,10 @@ def test_response_kl_is_the_sequence_kl():
 
 
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
-def test_a_fresh_gpt_is_near_uniform_though_its_tokens_stand_apart():
-    """A token costs log V within 2% at the start; yet no two embeddings are nearer than 1, since SFT has no reason to part synonyms."""
-    policy, ids = model.GPT(model.GPTConfig(97, 20, 2, 2, 64), world.generator(1)), torch.arange(97 * 20).view(-1, 20) * 31 % 97
-    cost, distance = -model.token_logp(policy(ids), ids).mean().item(), torch.pdist(policy.token.weight).min().item()
-    assert abs(cost / math.log(97) - 1) < .02, f"a fresh GPT pays {cost:.2f} nats a token, not log 97: are its first logits too large?"
+def test_tokens_start_apart():
+    """No two embeddings start nearer to each other than 1, as large as SFT makes them: it has no reason to part words of one role."""
+    policy = model.GPT(model.GPTConfig(97, 20, 2, 2, 64), world.generator(1))
+    distance = torch.pdist(policy.token.weight).min().item()
     assert distance > 1, f"two tokens start {distance:.2f} apart: what is learned after SFT could hardly tell them from each other"
 
 

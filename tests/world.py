@@ -66,10 +66,9 @@ def normal(*shape, seed, scale=1.):
 
 
 def gpt(seed, layers=2, heads=3, width=12, spread=10.):
-    """The real GPT, tiny, float64; its blocks' matrices and its last norm `spread` times the usual start, so that it is far from uniform."""
+    """The real GPT, tiny, float64; its blocks' matrices `spread` times the usual start, so that it is far from uniform."""
     policy = model.GPT(model.GPTConfig(V, T + 1, layers, heads, width), generator(seed)).double()
     with torch.no_grad():
-        policy.norm.weight *= spread
         for p in policy.blocks.parameters():
             if p.dim() == 2:
                 p *= spread
