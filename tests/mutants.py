@@ -340,3 +340,16 @@ def ess_of_the_best_prompt(original, reward, betas):
 def frontier_error_without_beta(original, reward, betas):
     curve = original(reward, betas)
     return curve | {"se": [s / b for s, b in zip(curve["se"], curve["beta"])]}
+
+
+# -------------------------------------------------------------------------------------------------- the start, and batches
+@plant("all tokens start in one place", "model.GPT.__init__", "tokens_start_apart")
+def tokens_start_together(original, gpt, *arguments):
+    original(gpt, *arguments)
+    gpt.token.weight.data.mul_(.1)
+
+
+@plant("numbers of tokens come back at the next token", "model.score_batches", "scoring_tokens_in_batches_keeps_their_places")
+def tokens_scored_next_door(original, function, ids, mask, batch=512):
+    result = original(function, ids, mask, batch)
+    return result.roll(1, 1) if result.dim() > 1 else result
