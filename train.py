@@ -87,7 +87,7 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, ppo_steps=256, optimum_samples=8_192),
+    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), kl_targets=(1., 2., 4.), ppo_steps=400, optimum_samples=8_192),
     "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
                  betas=(.5, 2.), alphas=(.1,), rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
                  ppo_minibatch=8, eval_prompts=12, eval_samples=4, evaluations=2, optimum_samples=640),
