@@ -1,5 +1,6 @@
 """One thread: the tests' tensors are too small to share. `--loss FILE.py:FUNCTION` tests that loss instead of this repository."""
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 import dpo
 
 torch.set_num_threads(1)
+COMMANDS = "test_a_command_of_the_readme_runs"
 
 
 def pytest_addoption(parser):
@@ -31,10 +33,25 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
+    """With a loss of one's own, its contract alone: the other tests are about this repository. The README's commands come last, see `commands`."""
+    items.sort(key=lambda item: item.originalname == COMMANDS)
     if config.getoption("--loss"):
-        for item in items:
-            if "loss" not in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.skip(reason="about DPO and this repository, not about your loss"))
+        config.hook.pytest_deselected(items=[item for item in items if "loss" not in item.fixturenames])
+        items[:] = [item for item in items if "loss" in item.fixturenames]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands(request, tmp_path_factory):
+    """The README's commands for students, those that are to be tested, at work beside all other tests: command -> what comes of it."""
+    tested = [item.callspec.params["command"] for item in request.session.items if item.originalname == COMMANDS]
+    if not tested:
+        yield {}
+        return
+    import test_commands
+    checkout = test_commands.checkout(tmp_path_factory.mktemp("student") / "repository")
+    with ThreadPoolExecutor(1) as one_by_one:
+        yield {command: one_by_one.submit(test_commands.run, command, checkout) for command in tested}
+        one_by_one.shutdown(cancel_futures=True)
 
 
 def pytest_terminal_summary(terminalreporter):
