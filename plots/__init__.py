@@ -23,7 +23,7 @@ STYLE = {    # method -> (legend, colour, marker); Okabe and Ito's palette, safe
     "best_of_n_gt": ("Best-of-N (true reward)", "#882255", "h"),
 }
 STUDENTS = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"), ("#B22222", "<"), ("#2F4F4F", "8"),
-            ("#DAA520", "d")]
+            ("#66A61E", "d")]
 
 
 def style(methods) -> dict[str, tuple[str, str, str]]:

@@ -1,6 +1,6 @@
 """Simpler, cheaper, stabler? Seconds until a policy has 80% of the optimal gain at KL 2, everything before it charged.
 
-Of a method's runs the one with the least training counts, at the first of its (noisy) evaluations that is good enough: an early view of each.
+Of a method's runs the one with the least training counts, at the first of its (noisy) evaluations that is good enough and whose next is too.
 """
 import re
 
@@ -16,16 +16,18 @@ PIPELINES = {"dpo": ON_PAIRS, "ppo": list(CHARGED), "ppo_gt": [*ON_PAIRS, "value
 
 
 def arrivals(rows: list[dict], optimum: dict) -> list[dict]:
-    """The first evaluation of each run that has the reward of 80% of the optimal gain at KL 2, and 80% of the gain at its own KL.
+    """For each run the first evaluation that has the reward of 80% of the optimal gain at KL 2, and 80% of the gain at its own KL.
 
-    The second condition keeps out who buys the reward with more KL than it is worth.
+    The second condition keeps out who buys the reward with more KL than it is worth. The next evaluation must do as well, if there
+    is one: the best of several noisy ones is better than the policy.
     """
     enough = optimum["ref_reward"] + SHARE * (dpo.optimal_reward(KL, optimum)[0] - optimum["ref_reward"])
-    first = {}
+    good, runs, found = lambda row: row["share"] is not None and row["share"] >= SHARE and row["reward"] >= enough, {}, []
     for row in sorted(rows, key=lambda row: row["step"]):
-        if row["share"] is not None and row["share"] >= SHARE and row["reward"] >= enough:
-            first.setdefault((row["method"], row["setting"], row["seed"]), row)
-    return list(first.values())
+        runs.setdefault((row["method"], row["setting"], row["seed"]), []).append(row)
+    for mine in runs.values():
+        found += [row for row, after in zip(mine, mine[1:] + mine[-1:]) if good(row) and good(after)][:1]
+    return found
 
 
 def tokens(rows: list[dict], until: dict, name: str) -> float:
@@ -66,7 +68,8 @@ def draw(rows: list[dict], path) -> None:
         total = [sum(row.get(part, 0.) for part in parts) for row in mine]
         tried = sum(row["method"] == method for row in rows)
         spread = f" ({min(total):.0f}-{max(total):.0f}, {len(total)} of {tried} seeds)" if tried > 1 and total else ""
-        axis.annotate(f"{sum(total) / len(total):.0f} s{spread}" if mine else "does not get there", (left, y), (5, 0),
+        kl = sum(row["kl"] for row in mine) / max(len(mine), 1)
+        axis.annotate(f"{sum(total) / len(total):.0f} s{spread}, at KL {kl:.1f}" if mine else "does not get there", (left, y), (5, 0),
                       textcoords="offset points", va="center", fontsize=11)
     axis.set_yticks(range(len(methods)), [STYLE[m][0] for m in reversed(methods)], fontsize=11)
     for part in parts[:-1]:

@@ -4,15 +4,15 @@ Prompts are beginnings of that domain's own reviews, which are the opponents as 
 both domains, judges. The paper (trained on TL;DR posts, tested on CNN/DailyMail; GPT-4 win rate against the ground truth):
 DPO .36 at temperature 0 and .31 at .25, PPO .26 and .23.
 The reward does not ask whether a response keeps to the topic, so this says whether the policies' taste carries over to
-beginnings that they never saw, not whether they can talk about food. At temperature 0 a policy has one text for nearly all prompts
-(see winrate.py), and so one or a few rewards.
+beginnings that they never saw, not whether they can talk about food. Temperature 1 stands in for the paper's 0, at which a policy
+has one text for nearly all prompts (see winrate.py).
 """
 import data
 from plots import plt, save, style
 from plots.frontier import clustered
-from plots.winrate import FEW, challenge, rewards_at, shown, win_probability
+from plots.winrate import challenge, rewards_at, shown, win_probability
 
-TEMPERATURES = 0., .25
+TEMPERATURES = .25, 1.
 DOMAINS = {"film": "films (trained on)", "restaurant": "restaurants (never seen)"}
 
 
@@ -32,7 +32,7 @@ def measure(lab, runs: list[dict]) -> list[dict]:
             reward = rewards_at(lab, policy, prompts, t)
             (rate, rate_se), (mean, se) = clustered(win_probability(reward, rival)[:, None]), clustered(reward)
             rows.append({"figure": "domains", "method": method, "setting": setting, "domain": domain, "temperature": t,
-                         "win_rate": rate, "win_rate_se": rate_se, "reward": mean, "reward_se": se, "distinct": len(reward.unique())})
+                         "win_rate": rate, "win_rate_se": rate_se, "reward": mean, "reward_se": se})
     return rows
 
 
@@ -48,8 +48,7 @@ def draw(rows: list[dict], path) -> None:
                      color="white" if j else colour, edgecolor=colour, hatch="///" * j, lw=1.5, ecolor="0.25", capsize=3)
         axis.axhline(.5, color="0.5", ls=":", lw=1.2, zorder=0)
         axis.set_xticks(range(len(looks)), [label.replace("-", "-\n").split(" (")[0] for _, label, _, _ in looks])
-        few = max(r["distinct"] for r in rows if r["temperature"] == t)
-        axis.set_title(f"temperature {t:g}" + f": at most {few} different rewards" * (few < FEW), fontsize=14)
+        axis.set_title(f"temperature {t:g}", fontsize=14)
         axis.tick_params(labelsize=13)
         axis.set(ylim=(0, 1.2), yticks=[0, .2, .4, .6, .8, 1])
         axis.set_axisbelow(True)

@@ -56,7 +56,7 @@ def draw_optimum(axis, optimum: dict) -> None:
     solid = sum(e >= SOLID for e in ess)
     axis.fill_between(kl, reward, 1.02, color="0.93", lw=0)
     axis.plot(kl[:solid], reward[:solid], color="0.25", lw=2, label="optimum (Eq. 4)")
-    axis.plot(kl[max(solid - 1, 0):], reward[max(solid - 1, 0):], "--", color="0.25", lw=1.5)
+    axis.plot(kl[max(solid - 1, 0):], reward[max(solid - 1, 0):], "--", color="0.25", lw=1.5, label="the same, too few samples")
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
@@ -75,7 +75,8 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 def draw(rows: list[dict], optimum: dict, path) -> None:
     figure, axis = plt.subplots(figsize=(10.5, 5.4))
     draw_optimum(axis, optimum)
-    for method, (label, colour, marker) in style(row["method"] for row in rows).items():
+    looks = style(row["method"] for row in rows)
+    for method, (label, colour, marker) in looks.items():
         mine = [row for row in rows if row["method"] == method]
         if not mine:
             continue
@@ -88,11 +89,12 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
                       xerr=[r["kl_se"] if r["kl"] <= RIGHT else 0. for r in final], yerr=[r["reward_se"] for r in final],
                       fmt=marker, color=colour, ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1,
                       label=label, zorder=4, clip_on=False)
+    axis.scatter([], [], s=9, color="0.5", lw=0, label="on the way, in its colour")
     height = 0.
     far = [row for row in over_seeds([row for row in rows if row["final"]]) if row["kl"] > RIGHT]
     for r in sorted(far, key=lambda r: r["reward"]):
         height = max(r["reward"], height + .025)    # labels of neighbours stand above each other
-        axis.annotate(f"KL {r['kl']:.0f} \u2192", (RIGHT, height), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
+        axis.annotate(f"{looks[r['method']][0]}, KL {r['kl']:.0f} \u2192", (RIGHT, height), (-10, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
     bottom = min([row["reward"] for row in rows if row["kl"] <= RIGHT or row["final"]])
     axis.set(xlim=(-.2, RIGHT), ylim=(min(.45, bottom - .03), 1.02), xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats",
              ylabel="true reward (probability of positive sentiment)")

@@ -1,9 +1,9 @@
 """What keeps DPO from the optimum? One obstacle taken away at a time (`python train.py --study`)."""
 from plots import STYLE, plt, save
 
-LINES = {    # variant -> colour, marker, line
-    "as it is": ("#D55E00", "o", "-"), "half the pairs, twice": ("#E69F00", "v", "--"), "all pairs, twice": ("#000000", "s", "--"),
-    "twice the pairs": ("#009E73", "^", "-"), "Bradley-Terry labels": ("#0072B2", "D", ":"), "twice as wide": ("#CC79A7", "P", "-.")}
+LINES = {    # variant -> colour, marker, line; no other method's colours
+    "as it is": (STYLE["dpo"][1], "o", "-"), "half the pairs, twice": ("#999933", "v", "--"), "all pairs, twice": ("#2F4F4F", "s", "--"),
+    "twice the pairs": ("#7F3FBF", "^", "-"), "Bradley-Terry labels": ("#8C564B", "D", ":"), "twice as wide": ("#E7298A", "P", "-.")}
 EPISODES = "four times the episodes"    # of PPO-GT, whose data are its own
 
 

@@ -18,7 +18,7 @@ from plots.frontier import clustered
 
 METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # shown beside pi_ref
 TEMPERATURES = 0., .25, .5, .75, 1.
-ON_THE_WAY = {0.: "-", 1.: "--"}                    # temperatures of the right panel, and their lines
+ON_THE_WAY = {.25: "-", 1.: "--"}                   # temperatures of the right panel, and their lines
 SAMPLES = 4                                         # responses to a prompt; temperature 0 has only one
 BEST_OF = 16
 FEW = 10
@@ -96,7 +96,7 @@ def draw(rows: list[dict], path) -> None:
         left.plot(x, [r["win_rate"] for r in mine], "-", color=look[1], lw=1.6)
         draw_marks(left, mine, x, look, 11 if method == "sft" else 8)
         left.plot([], [], look[2] + "-", color=look[1], ms=8, label=look[0])
-    left.plot([], [], "o", color="0.4", mfc="white", ms=8, label=f"hollow: under {FEW} different rewards")
+    left.plot([], [], "o", color="0.4", mfc="white", ms=8, label=f"hollow: nearly one text for all prompts")
     left.set(xlabel="sampling temperature", ylabel="win rate against the review itself", xticks=TEMPERATURES, ylim=(-.02, 1.02))
     look = style(())["dpo"]
     for t, line in ON_THE_WAY.items():

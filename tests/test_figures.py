@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from plots import frontier, inside, results
+import dpo
+from plots import cost, frontier, inside, results
 
 
 def standard_error(x: list[float]) -> float:
@@ -59,3 +60,14 @@ def test_the_table_of_shares_is_over_seeds():
     assert f"68.0% +- {standard_error([.6, .7, .74]):.1%}" in results.table_of_shares(several)
     assert "60.0% +- 1.0%" in results.table_of_shares(several[:1]), "one seed has its policy's own error"
     assert "SFT" not in results.table_of_shares(several + [finished(0., None, "sft")])
+
+
+def test_a_run_has_arrived_where_two_evaluations_in_a_row_are_good_enough():
+    """80% of the gain at KL 2 and at its own KL; one lucky evaluation is none, the finished policy's own is enough."""
+    optimum = {"kl": [0., 2., 4.], "reward": [.5, .8, .9], "beta": [.2, .1, .05], "se": [0., 0., 0.], "ref_reward": .5}
+    enough = .5 + .8 * (dpo.optimal_reward(2., optimum)[0] - .5)
+    lucky, good, poor, dear = ({"reward": enough + x, "share": share} for x, share in ((.05, .9), (.01, .85), (-.01, .79), (.1, .7)))
+    way = [row(0, step, **what) for step, what in enumerate((poor, lucky, poor, dear, good, lucky), 1)]
+    assert [r["step"] for r in cost.arrivals(way[::-1], optimum)] == [5], "not at the lucky one, nor where KL buys the reward"
+    assert [r["step"] for r in cost.arrivals(way[:4] + way[5:], optimum)] == [6], "the last has no next"
+    assert cost.arrivals(way[:4] + [row(7, 5, **good | {"share": None})], optimum) == []
