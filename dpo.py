@@ -118,7 +118,8 @@ def unlikelihood_loss(pair: Pair, alpha: float) -> Tensor:
 def constant_weight_loss(pair: Pair, beta: float) -> Tensor:
     """-beta/2 [log pi(y_w|x) - log pi(y_l|x)]                                                                    Section 4 -> (B,)
 
-    Eq. 7 with the weight of its gradient, sigma(rhat_l - rhat_w), held at 1/2, where it begins: what the weight is for.
+    Eq. 7 with the weight of its gradient, sigma(rhat_l - rhat_w), held at 1/2, where it begins. It is `unlikelihood_loss` at alpha 1
+    but for a factor, which Adam does not see: what becomes of that is what the weight is for.
     """
     return -beta / 2 * (pair.logp_w - pair.logp_l)
 
@@ -202,6 +203,8 @@ def load_loss(name: str) -> Callable[[Pair, float], Tensor]:
             got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(f"{where} must return one real loss for each of the B pairs, of shape (B,), here {tuple(pair.logp_w.shape)}, "
                             f"but gave {got}; the mean is taken by train.py")
+        if pair.logp_w.requires_grad and not value.requires_grad:
+            raise LossError(f"{where} has no gradient at some pairs: it does not depend on logp_w or logp_l there, or detaches them")
         return value
 
     guarded(lambda: try_loss(loss, where), function)

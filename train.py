@@ -56,7 +56,7 @@ class Config:
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
     # preferences (Section 6)
     prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
-    completions: int = option(4, "completions a prompt: 4 give 6 pairs", 2, 64)
+    completions: int = option(4, "completions a prompt: 4 give 6 pairs; also PPO's episodes for each prompt it draws", 2, 64)
     labels: str = option("deterministic", "deterministic: the higher true reward wins (paper); bt: Bradley-Terry, Eq. 1",
                          choices=("deterministic", "bt"))
     tau: float = option(.1, "temperature of bt labels: P(1 beats 2) = sigma((r1 - r2) / tau)", 1e-6, 1e6)
@@ -64,12 +64,12 @@ class Config:
     betas: tuple[float, ...] = option((.5, 1., 2., 4.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
     alphas: tuple[float, ...] = option((.05, .1, .5, 1.), "alpha of Unlikelihood, a list (the paper's)", 0, 1e6)
     preferred_runs: int = option(1, "runs of Preferred-FT, each in an order of its own", 0, 100)
-    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1, 10**5)
+    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs), of the reward model too", 1, 10**5)
     lr: float = option(5e-4, "peak learning rate on pairs, after 10% warm-up, then linear to 0", 1e-12, 10)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
     # RLHF (Section 3)
     rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
-    rm_lr: float = option(1e-3, "peak learning rate of the reward model", 1e-12, 10)
+    rm_lr: float = option(1e-3, "peak learning rate of the reward model, and of the values that PPO starts from", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
     ppo_steps: int = option(120, "batches of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
@@ -316,8 +316,7 @@ def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
     return {**run._asdict(), "rows": rows, "policy": state_of(policy), "way": way, "failure": None}
 
 
-LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss,
-          "constant_weight": dpo.constant_weight_loss}
+LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss}
 WATCHED = {"dpo", "ppo", "unlikelihood"}    # whose policies are kept all the way, for figures
 
 
@@ -357,9 +356,9 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
         if not rank and not (students and path.exists()):
             results.describe(path, lab.encoding, pairs, lab.prompts)
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
-                 "preferred_ft": range(cfg.preferred_runs), "constant_weight": cfg.betas[:1]}    # beta only scales its gradient
-    *first, last = [reward_model(lab, s) for s in seeds] + [values_of(lab, m, s) for m in ("ppo_gt", "ppo") for s in seeds]
-    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [*first, *sweep(lab, baselines), last]    # last: it waits for the first
+                 "preferred_ft": range(cfg.preferred_runs)}
+    first = [job for s in seeds for job in (reward_model(lab, s), values_of(lab, "ppo_gt", s))]
+    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or first + sweep(lab, baselines)
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
     measured, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
     if not students:

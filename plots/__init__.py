@@ -18,7 +18,6 @@ STYLE = {    # method -> (legend, colour, marker); Okabe and Ito's palette, safe
     "ppo_gt": ("PPO-GT (true reward)", "#56B4E9", "D"),
     "unlikelihood": ("Unlikelihood", "#E69F00", "v"),
     "preferred_ft": ("Preferred-FT", "#009E73", "^"),
-    "constant_weight": ("DPO, constant weight", "#7F7F7F", "X"),
     "best_of_n": ("Best-of-N (learned reward)", "#CC79A7", "p"),
     "best_of_n_gt": ("Best-of-N (true reward)", "#882255", "h"),
 }

@@ -1,6 +1,7 @@
 """Fig. 4: Best-of-N, the best of N responses of pi_ref by the learned reward and by the true one: win rate and KL against N.
 
-Nothing is trained and nothing is drawn N times: from one pool of responses to a prompt, the winner's distribution is exact.
+Nothing is trained and nothing is drawn N times: from one pool of responses to a prompt, the winner's distribution is exact. A pool's
+best is below pi_ref's own where N is not small beside the pool: by .1% of the gain at N = 64, .3% at 128.
 Letters: X prompts, M responses in the pool of each, N draws from it.
 """
 import math
@@ -14,7 +15,7 @@ from plots import plt, save, style
 from plots.frontier import clustered
 
 POOL = 512    # responses of pi_ref to each prompt
-NS = [2 ** i for i in range(9)]         # 1 to 256; more would need a larger pool
+NS = [2 ** i for i in range(8)]    # 1 to 128, as in the paper
 
 
 def best_of_n_log_ratio(score: Tensor, n: int, logp: Tensor | None = None) -> Tensor:

@@ -11,22 +11,21 @@ KL, SHARE = 2., .8
 CHARGED = {    # parts of a pipeline that come before a policy's own training -> beginning of the stages' names
     "SFT": "sft", "sampling and labelling": "completions-train", "reward model": "reward-model", "values": "values-{method}-"}
 ON_PAIRS = ["SFT", "sampling and labelling"]
-PIPELINES = {"dpo": ON_PAIRS, "ppo": list(CHARGED), "ppo_gt": [*ON_PAIRS, "values"], "unlikelihood": ON_PAIRS, "preferred_ft": ON_PAIRS,
-             "constant_weight": ON_PAIRS}
+PIPELINES = {"dpo": ON_PAIRS, "ppo": list(CHARGED), "ppo_gt": [*ON_PAIRS, "values"], "unlikelihood": ON_PAIRS, "preferred_ft": ON_PAIRS}
 
 
 def arrivals(rows: list[dict], optimum: dict) -> list[dict]:
     """For each run the first evaluation that has the reward of 80% of the optimal gain at KL 2, and 80% of the gain at its own KL.
 
-    The second condition keeps out who buys the reward with more KL than it is worth. The next evaluation must do as well, if there
-    is one: the best of several noisy ones is better than the policy.
+    The second condition keeps out who buys the reward with more KL than it is worth. The next evaluation must do as well, unless
+    this is the finished policy's: the best of several noisy ones is better than the policy.
     """
     enough = optimum["ref_reward"] + SHARE * (dpo.optimal_reward(KL, optimum)[0] - optimum["ref_reward"])
     good, runs, found = lambda row: row["share"] is not None and row["share"] >= SHARE and row["reward"] >= enough, {}, []
     for row in sorted(rows, key=lambda row: row["step"]):
         runs.setdefault((row["method"], row["setting"], row["seed"]), []).append(row)
     for mine in runs.values():
-        found += [row for row, after in zip(mine, mine[1:] + mine[-1:]) if good(row) and good(after)][:1]
+        found += [row for row, after in zip(mine, mine[1:] + [r for r in mine[-1:] if r["final"]]) if good(row) and good(after)][:1]
     return found
 
 

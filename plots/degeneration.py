@@ -1,6 +1,7 @@
 """Table 3: how Unlikelihood degenerates, and DPO does not: length, repetition, grammar and reward over training.
 
-What Section 4's weight sigma(rhat_l - rhat_w) is for: it takes the push off pairs that are apart. Unlikelihood has no such weight.
+What Section 4's weight sigma(rhat_l - rhat_w) is for: it takes the push off pairs that are apart. Unlikelihood has no such weight;
+at alpha 1 it is DPO with a constant one (`dpo.constant_weight_loss`).
 """
 import itertools
 
@@ -37,9 +38,9 @@ def judge(lab, policy, *names) -> dict:
 
 
 def shown(runs: list[dict]) -> list[dict]:
-    """DPO and its constant weight near KL 2; Unlikelihood at its largest and smallest alpha, of the first seed, failed or not."""
+    """DPO near KL 2; Unlikelihood at its largest and smallest alpha, of the first seed, failed or not."""
     alphas = sorted((run for run in runs if run["method"] == "unlikelihood" and run["seed"] == runs[0]["seed"]), key=lambda run: run["setting"])
-    return [run for run in (nearest(runs, "dpo"), nearest(runs, "constant_weight"), *alphas[-1:], *alphas[:-1][:1]) if run]
+    return [run for run in (nearest(runs, "dpo"), *alphas[-1:], *alphas[:-1][:1]) if run]
 
 
 def measure(lab, runs: list[dict]) -> list[dict]:

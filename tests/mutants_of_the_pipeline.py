@@ -263,9 +263,8 @@ def lengths_mixed(original, everything, batch, generator, window=8):
 
 
 # -------------------------------------------------------------------------------------------------------- the reward model
-@plant("the reward model learns the loser", "ppo.reward_model_loss", "reward_model_loss_is_the_surprise_of_bradley_terry "
-       "reward_model_loss_is_the_negative_log_of_equation_1 reward_model_gradient_is_the_probability_of_the_wrong_order "
-       "reward_model_gradient_is_the_probability_of_the_wrong_label")
+@plant("the reward model learns the loser", "ppo.reward_model_loss",
+       "reward_model_loss_is_the_negative_log_of_equation_1 reward_model_gradient_is_the_probability_of_the_wrong_order")
 def reward_pair_swapped(original, r_w, r_l):
     return original(r_l, r_w)
 

@@ -23,11 +23,12 @@ def blank(source: str, name: str, module: str) -> str:
 
 def make(folder: pathlib.Path, names: list[str]) -> None:
     """Copies the repository to a new folder and blanks module.function for each name."""
+    sources = {}    # a name that is not there must leave nothing behind
+    for module, _, function in (name.partition(".") for name in names):
+        sources[module] = blank(sources.get(module) or (ROOT / f"{module}.py").read_text(), function, module)
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("runs", ".*", "__pycache__"))
-    for name in names:
-        module, _, function = name.partition(".")
-        path = folder / f"{module}.py"
-        path.write_text(blank(path.read_text(), function, module))
+    for module, source in sources.items():
+        (folder / f"{module}.py").write_text(source)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,8 @@ def test_a_name_that_leads_nowhere_is_refused(flags, tmp_path, monkeypatch):
     assert not pathlib.Path("out").exists()
 
 
-@pytest.mark.parametrize("result", ["torch.ones(5, requires_grad=True)", "pair.logp_w.mean()", "None", "sys.exit()", "pair.logp_w * 1j"])
+@pytest.mark.parametrize("result", ["torch.ones(5, requires_grad=True)", "pair.logp_w.mean()", "None", "sys.exit()", "pair.logp_w * 1j",
+                                    "torch.zeros(7)", "pair.logp_w.detach()"])
 def test_a_loss_that_changes_its_mind_after_the_trial_is_an_error_of_the_loss(result, tmp_path):
     """Good on the five pairs of the trial, not on seven: it must not be averaged into a number all the same."""
     (tmp_path / "late.py").write_text(F + f"return pair.logp_w if len(pair.logp_w) == 5 else {result}\n")

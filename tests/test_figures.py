@@ -2,9 +2,10 @@
 import math
 
 import pytest
+import torch
 
 import dpo
-from plots import cost, frontier, inside, results
+from plots import cost, frontier, inside, overoptimisation, results
 
 
 def standard_error(x: list[float]) -> float:
@@ -67,7 +68,18 @@ def test_a_run_has_arrived_where_two_evaluations_in_a_row_are_good_enough():
     optimum = {"kl": [0., 2., 4.], "reward": [.5, .8, .9], "beta": [.2, .1, .05], "se": [0., 0., 0.], "ref_reward": .5}
     enough = .5 + .8 * (dpo.optimal_reward(2., optimum)[0] - .5)
     lucky, good, poor, dear = ({"reward": enough + x, "share": share} for x, share in ((.05, .9), (.01, .85), (-.01, .79), (.1, .7)))
-    way = [row(0, step, **what) for step, what in enumerate((poor, lucky, poor, dear, good, lucky), 1)]
+    way = [row(0, step, **what, final=step == 6) for step, what in enumerate((poor, lucky, poor, dear, good, lucky), 1)]
     assert [r["step"] for r in cost.arrivals(way[::-1], optimum)] == [5], "not at the lucky one, nor where KL buys the reward"
     assert [r["step"] for r in cost.arrivals(way[:4] + way[5:], optimum)] == [6], "the last has no next"
-    assert cost.arrivals(way[:4] + [row(7, 5, **good | {"share": None})], optimum) == []
+    assert cost.arrivals(way[:5], optimum) == [], "a run that failed has no finished policy"
+    assert cost.arrivals(way[:4] + [row(0, 5, **good | {"share": None}, final=True)], optimum) == []
+
+
+def test_what_a_learned_reward_promises_is_the_truth_if_it_ranks_as_the_truth_does():
+    """Whatever its unit: any rising function of the true reward promises it; one that ranks at random promises pi_ref's mean to pi_ref."""
+    generator = torch.Generator().manual_seed(0)
+    true, of_policy = torch.rand(4000, generator=generator), .9 * torch.rand(50, generator=generator) + .05
+    promised = overoptimisation.promise(5 * of_policy.logit() - 3, 5 * true.logit() - 3, true)
+    assert (promised - of_policy).abs().max() < .005, "a proxy without errors has no gap, near the bound neither"
+    noise = torch.randn(4000, generator=generator)
+    assert abs(overoptimisation.promise(noise, noise, true).mean() - true.mean()) < 1e-6

@@ -55,23 +55,6 @@ def labelled(count, seed):
 
 
 # ----------------------------------------------------------------------------------------------------- the reward model
-def test_reward_model_loss_is_the_surprise_of_bradley_terry():
-    """Eq. 2: -log sigma(r(x, y_w) - r(x, y_l)) = -log of exp(r_w) / (exp(r_w) + exp(r_l)), Eq. 1; one number a pair."""
-    r_w, r_l = world.normal(9, seed=1, scale=3.), world.normal(9, seed=2, scale=3.)
-    slow = [-math.log(math.exp(a) / (math.exp(a) + math.exp(b))) for a, b in zip(r_w.tolist(), r_l.tolist())]
-    agree(ppo.reward_model_loss(r_w, r_l), torch.tensor(slow, dtype=torch.float64),
-          "Eq. 2: the loss must be -log p(y_w beats y_l): winner and loser swapped, no logarithm, or reduced to a mean?")
-
-
-def test_reward_model_gradient_is_the_probability_of_the_wrong_label():
-    """Eq. 2: dL/dr_w = -sigma(r_l - r_w) and dL/dr_l is its opposite: the surer and righter, the weaker the push."""
-    r_w, r_l = (world.normal(9, seed=s, scale=3.).requires_grad_() for s in (1, 2))
-    push = 1 / (1 + (r_w - r_l).exp())
-    gradients = torch.autograd.grad(ppo.reward_model_loss(r_w, r_l).sum(), (r_w, r_l))
-    agree(torch.stack(gradients), torch.stack([-push, push]),
-          "Eq. 2: the gradient must raise r_w and lower r_l by sigma(r_l - r_w)")
-
-
 def test_a_scalar_model_starts_at_zero():
     """A new reward model or value function says 0 at every position of every text."""
     ids, _ = world.listed()

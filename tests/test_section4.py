@@ -141,6 +141,7 @@ def test_with_constant_weight_every_pair_is_pushed_as_dpo_pushes_at_the_referenc
     slopes = [world.slope(lambda: dpo.constant_weight_loss(pair, beta).sum(), x) for x in (pair.logp_w, pair.logp_l)]
     world.agree(torch.stack(slopes), torch.stack(dpo.dpo_gradient(start, beta)),
                 "Section 4, constant weight: -beta/2 for y_w and beta/2 for y_l, at every pair", 1e-8)
+    world.agree(dpo.constant_weight_loss(pair, beta), beta / 2 * dpo.unlikelihood_loss(pair, 1.), "it is Unlikelihood at alpha 1, times beta / 2")
 
 
 def test_the_gradient_in_logits_is_one_hot_minus_softmax_at_the_position_before():
