@@ -148,9 +148,9 @@ def read_pairs(path: str) -> list[dict]:
             texts = [pair[name] for name in ("prompt", "chosen", "rejected")]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise data.UserError(f'{path}, line {number} is not a JSON object {{"prompt": ..., "chosen": ..., "rejected": ...}}') from None
-        sampled = "ids" in pair    # a policy may write anything, nothing at all included
+        sampled = "ids" in pair    # a policy may answer anything, nothing at all included
         for wrong, why in (
-                (not all(isinstance(text, str) and (text.strip() or sampled) for text in texts), "the three must be text, and not empty"),
+                (not all(isinstance(text, str) and (text.strip() or sampled and i) for i, text in enumerate(texts)), "the three must be text, and not empty"),
                 (texts[1] == texts[2] and not sampled, "chosen and rejected are the same: there is nothing to learn from them"),
                 (not sampled and not all(map(is_known, map(str, texts))), "most words of a text are in no review: pi_ref cannot know them")):
             if wrong:

@@ -236,7 +236,7 @@ def test_a_loss_that_changes_its_mind_after_the_trial_is_an_error_of_the_loss(re
 LINE = json.dumps({"prompt": "I saw", "chosen": " this film.", "rejected": " a comedy."})
 FIRST = ["\0", "text", "{", "[]", "3", "null", "NaN", '"prompt"', "{}", "[" * 9999, "9" * 9999, LINE + LINE, "prompt,chosen,rejected\nI saw,a,b",
          *(LINE.replace('"I saw"', x) for x in ("null", "3", '["I saw"]', "NaN", '""', '" "', '"\\ud800"', '"\u6620\u753b"', f'"{"I saw " * 99}"')),
-         LINE.replace(" a comedy.", " this film."), *(LINE[:-1] + f", {x}}}" for x in (
+         LINE.replace(" a comedy.", " this film."), LINE.replace('"I saw"', '"", "ids": [[], [1], [2]], "rows": [0, 1]'), *(LINE[:-1] + f", {x}}}" for x in (
              '"ids": 3', '"group": []', '"ids": [[-1], [1], [2]], "rows": [0, 1]', '"ids": [[99999], [1], [2]], "rows": [0, 1]', '"ids": [[1], [2], [3]], "rows": [1, "x"]'))]
 SECOND = ["\n" + LINE, LINE[:-1], LINE.replace("chosen", "Chosen"), LINE.replace(" a comedy.", ""), LINE.replace(" a comedy.", " a comedy." * 999)]
 PAIRS = [("", ""), ("\n", ""), ("\udcff", ""), *((content, "line 1") for content in FIRST), *((f"{LINE}\n{x}\n", "line 2") for x in SECOND)]
