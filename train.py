@@ -358,7 +358,8 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
     baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
                  "preferred_ft": range(cfg.preferred_runs)}
     first = [job for s in seeds for job in (reward_model(lab, s), values_of(lab, "ppo_gt", s))]
-    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or first + sweep(lab, baselines)
+    last = [values_of(lab, "ppo", s) for s in seeds]    # which a run of PPO has made by then: here for what they cost
+    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [*first, *sweep(lab, baselines), *last]
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
     measured, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
     if not students:

@@ -74,7 +74,7 @@ def draw(rows: list[dict], path) -> None:
     for part in parts[:-1]:
         axis.barh(0, 0, color=shades[part], label=part.removesuffix("_seconds"))
     axis.barh(0, 0, color="0.15", label="training of the policy (in its colour)")
-    axis.set(xlim=(0, max(axis.get_xlim()[1] * 1.6, 1)), ylim=(-.6, len(methods) - .4))
+    axis.set(xlim=(0, max(axis.get_xlim()[1] * 2, 1)), ylim=(-.6, len(methods) - .4))
     axis.set_xlabel(f"seconds of one thread to {SHARE:.0%} of the optimal gain at KL {KL:g}", fontsize=12)
     axis.legend(fontsize=10, loc="lower right")
     save(figure, path)

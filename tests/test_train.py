@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import train
+from plots import cost
 
 ROOT = pathlib.Path(train.__file__).parent
 NO_NETWORK = ROOT / "tests" / "no_network"    # a hook that ends any process that touches a socket
@@ -77,6 +78,8 @@ def test_a_finished_run_is_not_made_again(copy):
     code, printed = run(copy)
     assert code == 0 and rows(copy) == before, printed
     assert {path: path.stat().st_mtime_ns for path in copy.glob("*.pt")} == files, "a stage that was there was written again"
+    charged = [row for row in map(json.loads, (copy / "measured.jsonl").read_text().splitlines()) if (row["figure"], row.get("method")) == ("cost", "ppo")]
+    assert charged and all(row[f"{part}_seconds"] > 0 for row in charged for part in cost.CHARGED), f"a part of PPO's pipeline is not charged: {charged}"
 
 
 def test_results_do_not_depend_on_the_number_of_workers(copy):
