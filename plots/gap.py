@@ -31,7 +31,7 @@ def draw(rows: list[dict], path) -> None:
     mine = [r for r in rows if r["method"] == "ppo_gt" and r["variant"] in ("as it is", EPISODES)]
     points(left, sorted(mine, key=lambda r: r["variant"] == EPISODES), "kl", f"PPO-GT, as it is \u2192 {EPISODES}", color=STYLE["ppo_gt"][1],
            marker=STYLE["ppo_gt"][2], ls=":")
-    left.set(xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats", ylabel="share of the optimal gain", ylim=(.3, 1.03))
+    left.set(xlabel="sequence KL(\u03c0 \u2016 \u03c0_ref), nats", ylabel="share of the optimal gain", ylim=(.5, 1.03))
     left.legend(fontsize=10, loc="lower right")
     draw_rates(right, rows)
     for axis in (left, right):
