@@ -96,7 +96,7 @@ def draw(rows: list[dict], path) -> None:
         left.plot(x, [r["win_rate"] for r in mine], "-", color=look[1], lw=1.6)
         draw_marks(left, mine, x, look, 11 if method == "sft" else 8)
         left.plot([], [], look[2] + "-", color=look[1], ms=8, label=look[0])
-    left.plot([], [], "o", color="0.4", mfc="white", ms=8, label=f"hollow: nearly one text for all prompts")
+    left.plot([], [], "o", color="0.4", mfc="white", ms=8, label="hollow: nearly one text for all prompts")
     left.set(xlabel="sampling temperature", ylabel="win rate against the review itself", xticks=TEMPERATURES, ylim=(-.02, 1.02))
     look = style(())["dpo"]
     for t, line in ON_THE_WAY.items():
