@@ -21,7 +21,11 @@ def arrivals(rows: list[dict], optimum: dict) -> list[dict]:
     this is the finished policy's: the best of several noisy ones is better than the policy.
     """
     enough = optimum["ref_reward"] + SHARE * (dpo.optimal_reward(KL, optimum)[0] - optimum["ref_reward"])
-    good, runs, found = lambda row: row["share"] is not None and row["share"] >= SHARE and row["reward"] >= enough, {}, []
+    runs, found = {}, []
+
+    def good(row: dict) -> bool:
+        return row["share"] is not None and row["share"] >= SHARE and row["reward"] >= enough
+
     for row in sorted(rows, key=lambda row: row["step"]):
         runs.setdefault((row["method"], row["setting"], row["seed"]), []).append(row)
     for mine in runs.values():

@@ -57,12 +57,15 @@ def test_there_is_a_gradient(loss):
     assert total > 0, "no gradient reaches logp_w or logp_l: is something detached, or compared instead of subtracted?"
 
 
-def test_what_a_loss_reads_is_left_as_it_was(loss):
-    """Nothing is changed in place: other losses, and the next epoch, read the same numbers."""
+def test_the_reference_and_all_that_is_read_are_left_alone(loss):
+    """pi_ref is a constant: after a backward pass it has no gradient; and nothing is changed in place, the next epoch reads it again."""
     pair, before = pairs(), pairs()
     loss(pair, BETA).sum().backward()
     for name in pair._fields:
         assert torch.equal(getattr(pair, name), getattr(before, name)), f"{name} was changed"
+    for name in ("ref_w", "ref_l", "len_w", "len_l"):
+        x = getattr(pair, name)
+        assert x.grad is None and not x.requires_grad, f"{name} got a gradient: the reference is a constant"
 
 
 def test_at_the_reference_the_winner_is_raised_and_the_loser_is_not(loss):

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import train
-from plots import cost
+from plots import cost, load_lines
 
 ROOT = pathlib.Path(train.__file__).parent
 NO_NETWORK = ROOT / "tests" / "no_network"    # a hook that ends any process that touches a socket
@@ -78,7 +78,7 @@ def test_a_finished_run_is_not_made_again(copy):
     code, printed = run(copy)
     assert code == 0 and rows(copy) == before, printed
     assert {path: path.stat().st_mtime_ns for path in copy.glob("*.pt")} == files, "a stage that was there was written again"
-    charged = [row for row in map(json.loads, (copy / "measured.jsonl").read_text().splitlines()) if (row["figure"], row.get("method")) == ("cost", "ppo")]
+    charged = [row for row in load_lines(copy / "measured.jsonl") if (row["figure"], row.get("method")) == ("cost", "ppo")]
     assert charged and all(row[f"{part}_seconds"] > 0 for row in charged for part in cost.CHARGED), f"a part of PPO's pipeline is not charged: {charged}"
 
 
@@ -100,14 +100,14 @@ def test_an_unreadable_stage_is_named_and_made_again(copy):
 
 def test_a_loss_of_ones_own_gets_its_curve_beside_the_baselines(copy, tmp_path):
     (tmp_path / "mine.py").write_text("def mine(pair, beta):\n    return (pair.logp_w - pair.logp_l - 1 / beta) ** 2\n")
-    cost = lambda: [line for line in (copy / "measured.jsonl").read_text().splitlines() if '"figure": "cost"' in line]
-    before, charged = rows(copy), cost()
+    costs = lambda: [line for line in (copy / "measured.jsonl").read_text().splitlines() if '"figure": "cost"' in line]
+    before, charged = rows(copy), costs()
     code, printed = run(copy, "--loss", f"{tmp_path}/mine.py:mine", "--betas", ".3")
     after = rows(copy)
     without = lambda found: sorted(str({k: v for k, v in r.items() if k != "config"}) for r in found if r["method"] != "mine")
     assert code == 0 and without(after) == without(before), printed
     assert {r["setting"] for r in after if r["method"] == "mine" and r["final"]} == {.3}
-    assert charged and cost() == charged, "the baselines' cost is not what it was: are stages that this command does not need left out?"
+    assert charged and costs() == charged, "the baselines' cost is not what it was: are stages that this command does not need left out?"
 
 
 def test_a_loss_that_fails_late_ends_its_own_run_alone(copy, tmp_path):
