@@ -227,12 +227,13 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int, temperature: float = 1.,
-           generator: torch.Generator | None = None) -> Tensor:
+           generator: torch.Generator | None = None, logp: Tensor | None = None) -> Tensor:
     """Responses from the model: prompts (B, P), prompt_lengths (B,) -> ids (B, T).
 
     Row b: its prompt from 0, its response right after (at most max_tokens, the end token included), then `end` as filler.
     All rows stand at the same position; while a row's prompt lasts, its next token is read from it rather than drawn, so
     prompts of different lengths need no padding on the left. Temperature 0 is argmax. T is about that of the longest row.
+    Into `logp` (B, P + max_tokens), if there is one, goes the log-probability of each token that was drawn.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens
@@ -250,8 +251,11 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     for t in range(first, T):
         hidden = model.hidden(x, caches, start)[:, -1]                           # (rows, W)
         u = torch.rand(B, generator=generator, device=device)[rows]              # whichever rows have left the batch
-        token = draw(model.logits(hidden), temperature, u)
+        logits = model.logits(hidden)                                            # (rows, V)
+        token = draw(logits, temperature, u)
         writing = alive & (t >= length)
+        if logp is not None:
+            logp[rows, t] = log_softmax(logits).gather(1, token[:, None]).squeeze(1).masked_fill(~writing, 0.)
         token = torch.where(writing, token, ids[rows, t])                        # a prompt's token, or filler
         ids[rows, t] = token
         alive &= ~(writing & (token == end)) & (t + 1 < stop)

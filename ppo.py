@@ -186,11 +186,12 @@ class Batch(NamedTuple):
 def roll_out(policy: GPT, ref: GPT, critic: ScalarModel, prompts: tuple[Tensor, Tensor], max_tokens: int, end: int,
              score: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Batch:
     """One episode for each prompt: sampled by the policy, judged by `score(ids, mask) -> (B,)`."""
-    ids = sample(policy, *prompts, max_tokens, end, generator=generator)
+    logp = policy.token.weight.new_zeros(len(prompts[0]), prompts[0].shape[1] + max_tokens)
+    ids = sample(policy, *prompts, max_tokens, end, generator=generator, logp=logp)
     mask = response_mask(ids, prompts[1], max_tokens, end)
     in_parts = partial(score_batches, ids=ids, mask=mask, batch=64)    # like lengths together: a third less filler
     state = in_parts(lambda a, b: states_of(critic, a))
-    return Batch(ids, mask, in_parts(partial(response_logp, policy)), in_parts(partial(response_logp, ref)), state,
+    return Batch(ids, mask, logp[:, :ids.shape[1]], in_parts(partial(response_logp, ref)), state,
                  critic.head(state).squeeze(-1).masked_fill(~mask, 0.), in_parts(score))
 
 

@@ -55,7 +55,7 @@ class Config:
     sft_batch: int = option(64, "reviews a step", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
     # preferences (Section 6)
-    prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
+    prompts: int = option(6_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
     completions: int = option(4, "completions a prompt: 4 give 6 pairs; also PPO's episodes for each prompt it draws", 2, 64)
     labels: str = option("deterministic", "deterministic: the higher true reward wins (paper); bt: Bradley-Terry, Eq. 1",
                          choices=("deterministic", "bt"))
@@ -70,7 +70,7 @@ class Config:
     # RLHF (Section 3)
     rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
     rm_lr: float = option(1e-3, "peak learning rate of the reward model, and of the values that PPO starts from", 1e-12, 10)
-    kl_targets: tuple[float, ...] = option((1., 2., 4., 6.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
+    kl_targets: tuple[float, ...] = option((1., 2., 4.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
     ppo_steps: int = option(120, "batches of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
@@ -87,7 +87,7 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), kl_targets=(1., 2., 4.), ppo_steps=400, optimum_samples=8_192),
+    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), ppo_steps=400, optimum_samples=8_192),
     "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
                  betas=(.5, 2.), alphas=(.1,), rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
                  ppo_minibatch=8, eval_prompts=12, eval_samples=4, evaluations=2, optimum_samples=640),
@@ -355,11 +355,11 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
         path = out / f"preferences-seed{seed}.jsonl"
         if not rank and not (students and path.exists()):
             results.describe(path, lab.encoding, pairs, lab.prompts)
-    baselines = {"ppo_gt": cfg.kl_targets, "dpo": cfg.betas, "ppo": cfg.kl_targets, "unlikelihood": cfg.alphas,
-                 "preferred_ft": range(cfg.preferred_runs)}
+    true = {"ppo_gt": cfg.kl_targets}
+    others = {"ppo": cfg.kl_targets, "dpo": cfg.betas, "unlikelihood": cfg.alphas, "preferred_ft": range(cfg.preferred_runs)}
     first = [job for s in seeds for job in (reward_model(lab, s), values_of(lab, "ppo_gt", s))]
-    last = [values_of(lab, "ppo", s) for s in seeds]    # which a run of PPO has made by then: here for what they cost
-    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [*first, *sweep(lab, baselines), *last]
+    values = [values_of(lab, "ppo", s) for s in seeds]    # after what needs no reward model, so that nobody waits for one
+    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [*first, *sweep(lab, true), *values, *sweep(lab, others)]
     done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
     measured, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
     if not students:
@@ -371,7 +371,7 @@ def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], 
     if rank:
         return 0
     if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
-        jobs = sweep(lab._replace(pairs=None, pairs_key=""), results.trained(out, baselines))
+        jobs = sweep(lab._replace(pairs=None, pairs_key=""), results.trained(out, [*true, *others]))
         done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job)))] + done
     sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(frontier.measure, lab, lab.ref, cfg.eval_samples, "sft"))
     rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]

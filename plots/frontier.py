@@ -32,7 +32,7 @@ def measure(lab, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL of a policy on the prompts that judge, with standard errors; `names` name the generator."""
     ids, mask = respond(policy, lab.prompts, samples, lab.cfg.max_tokens, lab.encoding.eot_token, torch_rng("judge", *names, device=lab.device))
     r = lab.reward(ids, mask).view(-1, samples)
-    kl = score_batches(lambda a, b: response_kl(policy, lab.ref, a, b), ids, mask).view(-1, samples)
+    kl = score_batches(lambda a, b: response_kl(policy, lab.ref, a, b), ids, mask, batch=64).view(-1, samples)
     (mean_r, se_r), (mean_kl, se_kl) = clustered(r), clustered(kl)
     return {"reward": mean_r, "reward_se": se_r, "kl": mean_kl, "kl_se": se_kl, "length": mask.sum(1).float().mean().item()}
 

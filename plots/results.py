@@ -196,8 +196,8 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> dat
 
 # ------------------------------------------------------------------------------------------------------- all of it, at last
 DRAWN = {"frontier": frontier, "inside": inside}    # from results.jsonl and optimum.json: draw(rows, optimum, path)
-MEASURED = {"winrate": winrate, "best_of_n": best_of_n, "domains": domains, "judges": judges, "degeneration": degeneration,
-            "overoptimisation": overoptimisation, "samples": samples}    # from policies, by measure(lab, runs) -> rows: draw(rows, path)
+MEASURED = {"winrate": winrate, "best_of_n": best_of_n, "overoptimisation": overoptimisation, "domains": domains, "judges": judges,
+            "degeneration": degeneration, "samples": samples}    # the slowest first; from policies, by measure(lab, runs) -> rows: draw(rows, path)
 RECKONED = {"cost": cost, "gap": gap}                                    # from rows, which measured.jsonl holds too: draw(rows, path)
 
 
