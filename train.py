@@ -61,8 +61,8 @@ class Config:
                          choices=("deterministic", "bt"))
     tau: float = option(.1, "temperature of bt labels: P(1 beats 2) = sigma((r1 - r2) / tau)", 1e-6, 1e6)
     # DPO and the other losses on pairs (App. B)
-    betas: tuple[float, ...] = option((.5, 1., 2., 4.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
-    alphas: tuple[float, ...] = option((.05, .1, .5, 1.), "alpha of Unlikelihood, a list (the paper's)", 0, 1e6)
+    betas: tuple[float, ...] = option((.7, 1., 1.5, 3.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
+    alphas: tuple[float, ...] = option((.1, .5, 1.), "alpha of Unlikelihood, a list (paper: .05,.1,.5,1)", 0, 1e6)
     preferred_runs: int = option(1, "runs of Preferred-FT, each in an order of its own", 0, 100)
     batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs), of the reward model too", 1, 10**5)
     lr: float = option(5e-4, "peak learning rate on pairs, after 10% warm-up, then linear to 0", 1e-12, 10)
@@ -87,7 +87,7 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), ppo_steps=400, optimum_samples=8_192),
+    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), alphas=(.05, .1, .5, 1.), ppo_steps=400, optimum_samples=8_192),
     "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
                  betas=(.5, 2.), alphas=(.1,), rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
                  ppo_minibatch=8, eval_prompts=12, eval_samples=4, evaluations=2, optimum_samples=640),
