@@ -220,7 +220,8 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token a row by inverting the distribution function: logits (B, V), u (B,) uniform in [0, 1) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    cdf = torch.softmax(scaled, -1).cumsum(-1)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp(max=logits.shape[1] - 1)
 
