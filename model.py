@@ -220,7 +220,7 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token a row by inverting the distribution function: logits (B, V), u (B,) uniform in [0, 1) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature    # a pass over (B, V) less where nothing changes
     cdf = torch.softmax(scaled, -1).cumsum(-1)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp(max=logits.shape[1] - 1)
