@@ -1,112 +1,143 @@
-"""A small GPT, the log-probabilities it gives to a text, and its sampler.
+"""A small GPT, the log-probabilities that it gives to a text, and its sampler.
 
-Letters: B sequences, T tokens, V vocabulary, H heads, D width of a head, W width of the model.
-Rows are a prompt from position 0, its response right after, then filler; a mask (B, T) says which ids are response tokens.
+Shapes: B sequences, T tokens, V vocabulary, H heads, D width of a head, W width of the model.
+A row of `ids` is a prompt from position 0, its response right after it, then filler. A mask (B, T)
+says which ids are response tokens.
 """
 import math
-import time
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# --------------------------------------------------------------------------------------------------------------- the GPT
+# ---------------------------------------------------------------------------------------- the GPT
 @dataclass
 class GPTConfig:
     vocab_size: int    # V
     context: int       # the longest sequence, tokens
     layers: int
     heads: int
-    width: int         # W; each head has W / heads
+    width: int         # W; each head has D = W / heads
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Each pair of coordinates (i, i + D / 2) turned by its angle: (B, T, H, D), `rotations` (2, T, 1, D) -> (B, T, H, D)   Su et al. 2021
+def rotary_table(positions: int, size: int) -> Tensor:
+    """Cosines and signed sines of the rotary embedding: (2, positions, 1, size), Su et al. 2021.
 
-    The product of a query turned at s and a key turned at t depends on s - t alone.
+    Angles fall from 1 a position towards 1/1000 (usually 1/10,000; our texts are short). If `size`
+    is odd, the last coordinate is not rotated.
     """
-    half, (cos, sin) = x.shape[-1] // 2, rotation
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return x * cos + torch.cat([b, a, rest], -1) * sin
+    half = size // 2
+    frequency = 1000. ** (-torch.arange(half) / half)
+    angle = torch.arange(positions)[:, None, None] * frequency               # (positions, 1, half)
+    cos = torch.cat([angle.cos(), angle.cos()], -1)
+    sin = torch.cat([-angle.sin(), angle.sin()], -1)
+    odd = (0, size % 2)
+    return torch.stack([F.pad(cos, odd, value=1.), F.pad(sin, odd)])
 
 
-def rotations(positions: int, size: int) -> Tensor:
-    """Cosines and signed sines of each position and coordinate, (2, positions, 1, size); of an odd size the last is left as it is.
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate each pair of coordinates (i, i + D / 2) by the angle of its position.
 
-    Angles fall from 1 a position towards 1/1000 (usually 1/10,000): the texts are short.
+    x (B, T, H, D), table (2, T, 1, D) -> (B, T, H, D). The product of a query rotated at position s
+    and a key rotated at position t depends only on s - t.
     """
-    angle = torch.arange(positions)[:, None, None] * 1000. ** (-torch.arange(size // 2) / (size // 2))
-    return torch.stack([F.pad(torch.cat([angle.cos(), angle.cos()], -1), (0, size % 2), value=1.),
-                        F.pad(torch.cat([-angle.sin(), angle.sin()], -1), (0, size % 2))])
+    cos, sin = table
+    half = x.shape[-1] // 2
+    first, second, odd = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return x * cos + torch.cat([second, first, odd], -1) * sin
 
 
-def later(x: Tensor, start: int) -> Tensor:
-    """What tokens at start..start+T-1 must not see: (B, T, W) -> (T, start + T), -inf where a token comes later, else 0."""
+def causal_mask(x: Tensor, start: int) -> Tensor:
+    """Causal attention mask of the tokens x (B, T, W) at positions start..start+T-1.
+
+    -> (T, start + T): -inf where a key comes after its query, else 0.
+    """
     T = x.shape[1]
     return torch.full((T, start + T), -math.inf, dtype=x.dtype, device=x.device).triu(start + 1)
 
 
 class Attention(nn.Module):
+    """Causal multi-head self-attention with rotary positions and an optional key/value cache."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        """x (B, T, W) at positions start..start+T-1, whose rotation it is -> (B, T, W). A cache (2, B, H, context, D) is read and filled."""
+    def forward(self, x: Tensor, rotary: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        """x (B, T, W) at positions start..start+T-1, rotary (2, T, 1, D) -> (B, T, W).
+
+        A cache (2, B, H, positions, D) holds the keys and values before `start`; those of x are
+        added to it.
+        """
         B, T, W = x.shape
         H, D = self.heads, W // self.heads
         qk, v = self.qkv(x).view(B, T, 3 * H, D).split([2 * H, H], 2)
-        q, k = rotate(qk, rotation).chunk(2, 2)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))                                   # (B, H, T, D) each
+        q, k = apply_rotary(qk, rotary).chunk(2, 2)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                     # (B, H, T, D) each
         if cache is not None:
-            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
-            k, v = cache[:, :, :, :start + T]                                                      # (B, H, start+T, D)
-        y = torch.softmax(q * D ** -.5 @ k.transpose(-1, -2) + later(x, start), -1) @ v
+            cache[0, :, :, start:start + T] = k
+            cache[1, :, :, start:start + T] = v
+            k, v = cache[:, :, :, :start + T]                                # (B, H, start+T, D)
+        scores = q * D ** -.5 @ k.transpose(-1, -2)                          # (B, H, T, start+T)
+        y = torch.softmax(scores + causal_mask(x, start), -1) @ v            # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, W))
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). No dropout anywhere: log-ratios must not be noisy."""
+    """Pre-norm Transformer block. No dropout anywhere: it would add noise to log-ratios."""
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm_1, self.attention = nn.LayerNorm(config.width), Attention(config)
+        self.norm_1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
         self.norm_2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.GELU(),
                                  nn.Linear(4 * config.width, config.width))
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        x = x + self.attention(self.norm_1(x), rotation, cache, start)
+    def forward(self, x: Tensor, rotary: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        x = x + self.attention(self.norm_1(x), rotary, cache, start)
         return x + self.mlp(self.norm_2(x))
 
 
 class GPT(nn.Module):
-    """model(ids (B, T)) -> logits (B, T, V) at every position; the logits at t are for the token at t + 1."""
+    """model(ids (B, T)) -> logits (B, T, V) at every position; those at t predict token t + 1."""
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(config.vocab_size, config.width)    # also the output matrix (tied)
-        self.register_buffer("rotation", rotations(config.context, config.width // config.heads), persistent=False)
+        self.token = nn.Embedding(config.vocab_size, config.width)           # and the output matrix
+        table = rotary_table(config.context, config.width // config.heads)
+        self.register_buffer("rotary", table, persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        for name, p in self.named_parameters():                       # GPT-2's initialisation, but for the tokens
-            if p.dim() == 2:
-                depth = (2 * config.layers) ** -.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.
-                # SFT leaves words of one role where they began; had that been one place, nothing later could tell "superb" from "dull".
-                nn.init.normal_(p, std=.2 if p is self.token.weight else .02 * depth, generator=generator)
-            elif not name.endswith("weight"):
-                nn.init.zeros_(p)                                     # biases; the norms' weights stay 1
+        self.initialise(generator)
+
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """GPT-2's initialisation, except that token embeddings start at .2 instead of .02.
+
+        SFT has no reason to separate words of one role, such as "superb" and "dull". If they start
+        at the same place they stay there, and later training can hardly tell them apart.
+        """
+        for name, p in self.named_parameters():
+            if p is self.token.weight:
+                nn.init.normal_(p, std=.2, generator=generator)
+            elif name.endswith(("out.weight", "mlp.2.weight")):              # added to the residual
+                nn.init.normal_(p, std=.02 * (2 * self.config.layers) ** -.5, generator=generator)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=.02, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)                                            # norm weights stay 1
 
     def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, start: int = 0) -> Tensor:
         """ids (B, T) at positions start..start+T-1 -> last hidden states (B, T, W)."""
-        assert start + ids.shape[1] <= self.config.context, \
-            f"{start + ids.shape[1]} tokens do not fit into a context of {self.config.context}"
-        x, rotation = self.token(ids), self.rotation[:, start:start + ids.shape[1]]
+        end = start + ids.shape[1]
+        assert end <= self.config.context, \
+            f"{end} tokens do not fit into a context of {self.config.context}"
+        x = self.token(ids)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotation, caches[i] if caches else None, start)
+            x = block(x, self.rotary[:, start:end], caches[i] if caches else None, start)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -116,200 +147,238 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits(self.hidden(ids))
 
+    def new_caches(self, batch: int, positions: int) -> list[Tensor]:
+        """Empty key/value caches, one for each block: (2, batch, H, positions, D)."""
+        c = self.config
+        shape = 2, batch, c.heads, positions, c.width // c.heads
+        weight = self.token.weight
+        return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.blocks]
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters, on the CPU: what is kept of a policy."""
+
+def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's parameters on the CPU."""
     return {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
 
 
-# ----------------------------------------------------------------------------------------------------- log-probabilities
+def lr_schedule(optimizer, steps: int):
+    """Linear warm-up over the first tenth of the steps (App. B: 150 steps), then linear decay to 0.
+
+    Returns a torch scheduler; call step() once after each optimizer step.
+    """
+    def factor(step: int) -> float:
+        return min((step + 1) / (.1 * steps), (steps - step) / (.9 * steps), 1.)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# ------------------------------------------------------------------------------ log-probabilities
+def promote(logits: Tensor) -> Tensor:
+    """Half precision as float32, other types unchanged.
+
+    A difference of log-probabilities in half precision is mostly rounding error.
+    """
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def log_softmax(logits: Tensor) -> Tensor:
-    """Over V, in float32 at least: a difference of log-probabilities in half precision is mostly rounding."""
-    return F.log_softmax(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=-1)
+    """Log-softmax over the vocabulary, in float32 at least: (..., V) -> (..., V)."""
+    return F.log_softmax(promote(logits), dim=-1)
 
 
 def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
-    """log pi(ids[t] | ids[<t]) for t = 1..T-1: logits (B, T, V), ids (B, T) -> (B, T-1).
+    """log pi(ids[t] | ids[<t]) for t = 1..T-1, nats: logits (B, T, V), ids (B, T) -> (B, T-1).
 
     The off-by-one of all language models: the logits at t-1 predict the token at t. So entry t-1 of
-    the result belongs to ids[t], the first token has no probability, and the last logits predict nothing that we have.
+    the result belongs to ids[t], the first token has no probability, and the last logits predict
+    nothing that we have.
     """
     return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-def sequence_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi(y | x): logits (B, T, V), ids (B, T), mask (B, T) of response tokens -> (B,).
+def predicts_response(mask: Tensor) -> Tensor:
+    """Where the logits predict a response token, one position before it: mask (B, T) -> (B, T)."""
+    return F.pad(mask[:, 1:].bool(), (0, 1))
 
-    A sum, not a mean: pi(y | x) is the product of its tokens' probabilities. What the mask leaves out is never read.
+
+def sequence_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """log pi(y | x), nats: logits (B, T, V), ids (B, T), mask (B, T) of response tokens -> (B,).
+
+    A sum, not a mean: pi(y | x) is the product of its tokens' probabilities. Entries outside the
+    mask are never read.
     """
     mask = mask.bool()
-    read = F.pad(mask[:, 1:], (0, 1))[..., None]                       # position t-1 is read where ids[t] is scored
-    logp = token_logp(logits.masked_fill(~read, 0.), ids.masked_fill(~mask, 0))
+    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)
+    logp = token_logp(logits, ids.masked_fill(~mask, 0))                     # (B, T-1)
     return logp.masked_fill(~mask[:, 1:], 0.).sum(1)
 
 
 def response_logits(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits that predict the M response tokens (from one position before, see `token_logp`), row after row -> (M, V).
+    """The logits that predict the M response tokens, row after row: (B, T), (B, T) -> (M, V).
 
-    The output matrix is a third of a small model's arithmetic; here it meets neither prompts nor filler.
+    The output matrix is a third of a small model's arithmetic; prompts and filler skip it here.
     """
     return model.logits(model.hidden(ids[:, :-1])[mask[:, 1:]])
 
 
-def response_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """log-probability of each response token where it stands, 0 elsewhere: ids (B, T), mask (B, T) -> (B, T).
+def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (M,) of the response tokens, put where they stand: mask (B, T) -> (B, T), else 0."""
+    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(mask, values)
 
-    Summed over T it is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost.
+
+def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
+    """log pi of each response token, nats, 0 elsewhere: ids (B, T), mask (B, T) -> (B, T).
+
+    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost.
     """
-    logits = response_logits(model, ids, mask)
-    logp = -F.cross_entropy(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits,
-                            ids[mask], reduction="none")              # (M,)
-    return torch.zeros(mask.shape, dtype=logp.dtype, device=ids.device).masked_scatter(mask, logp)
+    logits = promote(response_logits(model, ids, mask))                      # (M, V)
+    logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)
+    return scatter_to_tokens(logp, mask)
 
 
 def token_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(pi || pi_ref) of the next token over the whole vocabulary, nats: (..., V), (..., V) -> (...)."""
-    logp, ref_logp = log_softmax(logits), log_softmax(ref_logits)
+    """KL(pi || pi_ref) of the next token over the whole vocabulary, nats: (..., V) -> (...)."""
+    logp = log_softmax(logits)
+    ref_logp = log_softmax(ref_logits)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
 def sequence_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
-    """Sum over a sampled response of the full-vocabulary KL at each step (footnote 3): (B, T, V) twice, (B, T) -> (B,), nats.
+    """Sum over a response of the full-vocabulary KL at each step (footnote 3), nats.
 
-    Its mean over y ~ pi is the sequence KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)], as is that of the sampled
-    log-ratio, but with less variance (the step's own token is integrated out).
+    logits (B, T, V), ref_logits (B, T, V), mask (B, T) -> (B,). Its mean over y ~ pi is
+    KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)], like that of the sampled log-ratio, but
+    with less variance, because each step's own token is integrated out.
     """
-    read = F.pad(mask[:, 1:].bool(), (0, 1))[..., None]
-    return token_kl(logits.masked_fill(~read, 0.), ref_logits.masked_fill(~read, 0.)).sum(1)    # 0 where not read
+    ignored = ~predicts_response(mask)[..., None]
+    kl = token_kl(logits.masked_fill(ignored, 0.), ref_logits.masked_fill(ignored, 0.))
+    return kl.sum(1)                                                         # 0 where ignored
 
 
 def response_kl(model: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """`sequence_kl` of two models, with logits for response tokens alone: ids (B, T), mask (B, T) -> (B,), nats."""
-    kl = token_kl(response_logits(model, ids, mask), response_logits(ref, ids, mask))            # (M,)
-    return torch.zeros(mask.shape, dtype=kl.dtype, device=ids.device).masked_scatter(mask, kl).sum(1)
+    """`sequence_kl` of two models, from logits of response tokens alone: (B, T), (B, T) -> (B,)."""
+    kl = token_kl(response_logits(model, ids, mask), response_logits(ref, ids, mask))        # (M,)
+    return scatter_to_tokens(kl, mask).sum(1)
 
 
-# -------------------------------------------------------------------------------------------- maximum likelihood (SFT)
-def schedule(optimizer, steps: int):
-    """Linear warm-up over the first tenth of the steps (App. B: 150 steps), then linear decay to 0."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / (.1 * steps), (steps - s) / (.9 * steps), 1.))
+# ------------------------------------------------------------------------------------ the sampler
+def sample_token(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
+    """One token a row by inverting the distribution function: logits (B, V), u (B,) -> (B,).
 
-
-def fit(model: GPT, ids: Tensor, lengths: Tensor, order: list[list[int]], lr: float) -> GPT:
-    """SFT: -log p of each token given those before it, over batches of rows. ids (N, T), lengths (N,), order lists of rows."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=0., fused=True)
-    decay, start, device = schedule(optimizer, len(order)), time.time(), next(model.parameters()).device
-    for step, rows in enumerate(order, 1):
-        width = int(lengths[rows].max())
-        mask = torch.arange(width) < lengths[rows][:, None]
-        mask[:, 0] = False                                             # nothing comes before the first token
-        mask = mask.to(device)
-        loss = -response_logp(model, ids[rows, :width].to(device), mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step()
-        decay.step()
-        if step % max(len(order) // 5, 1) == 0:
-            print(f"SFT step {step}/{len(order)}: {loss.item():.3f} nats a token, {time.time() - start:.0f} s", flush=True)
-    return model
-
-
-# ------------------------------------------------------------------------------------------------------------ the sampler
-def draw(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
-    """One token a row by inverting the distribution function: logits (B, V), u (B,) uniform in [0, 1) -> (B,)."""
+    `u` is uniform in [0, 1). Temperature 0 is argmax.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature    # a pass over (B, V) less where nothing changes
-    cdf = torch.softmax(scaled, -1).cumsum(-1)
+    logits = logits.float()
+    if temperature != 1:                                  # saves a pass over (B, V) at the usual 1
+        logits = logits / temperature
+    cdf = torch.softmax(logits, -1).cumsum(-1)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp(max=logits.shape[1] - 1)
 
 
-@torch.no_grad()
-def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int, temperature: float = 1.,
-           generator: torch.Generator | None = None, logp: Tensor | None = None) -> Tensor:
-    """Responses from the model: prompts (B, P), prompt_lengths (B,) -> ids (B, T).
+def lay_out(prompts: Tensor, prompt_lengths: Tensor, width: int, end: int) -> Tensor:
+    """Rows that hold their prompt, then `end`: prompts (B, P), lengths (B,) -> ids (B, width)."""
+    ids = F.pad(prompts, (0, width - prompts.shape[1]), value=end)           # also cuts P to width
+    is_prompt = torch.arange(width, device=ids.device) < prompt_lengths[:, None]
+    return torch.where(is_prompt, ids, end)
 
-    Row b: its prompt from 0, its response right after (at most max_tokens, the end token included), then `end` as filler.
-    All rows stand at the same position; while a row's prompt lasts, its next token is read from it rather than drawn, so
-    prompts of different lengths need no padding on the left. Temperature 0 is argmax. T is about that of the longest row.
-    Into `logp` (B, P + max_tokens), if there is one, goes the log-probability of each token that was drawn.
+
+@torch.no_grad()
+def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int,
+           temperature: float = 1., generator: torch.Generator | None = None,
+           logp_out: Tensor | None = None) -> Tensor:
+    """Sample a response to each prompt: prompts (B, P), prompt_lengths (B,) -> ids (B, T).
+
+    Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
+    token included), then `end` as filler. All rows are at the same position; a row whose prompt
+    lasts longer reads its next token from the prompt, so nothing is padded on the left. The log-
+    probability of each sampled token is written into `logp_out` (B, P + max_tokens), if given.
     """
     B, device = len(prompts), prompts.device
-    T = int(prompt_lengths.max()) + max_tokens
-    first = int(prompt_lengths.min())
-    columns = torch.arange(T, device=device)
-    ids = torch.full((B, T), end, device=device)
-    ids[:, :prompts.shape[1]] = prompts[:, :T]
-    ids = torch.where(columns < prompt_lengths[:, None], ids, end)
-    rows, stop = torch.arange(B, device=device), prompt_lengths + max_tokens    # the rows still being written
-    c = model.config
-    caches = [torch.empty(2, B, c.heads, T, c.width // c.heads, dtype=model.token.weight.dtype, device=device)
-              for _ in model.blocks]
-    x, start, length = ids[:, :first], 0, prompt_lengths
-    alive = torch.ones(B, dtype=torch.bool, device=device)
+    T, first = int(prompt_lengths.max()) + max_tokens, int(prompt_lengths.min())
+    ids = lay_out(prompts, prompt_lengths, T, end)
+    rows = torch.arange(B, device=device)                                    # rows in the batch
+    alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
+    length, stop = prompt_lengths, prompt_lengths + max_tokens
+    caches, start, x = model.new_caches(B, T), 0, ids[:, :first]
     for t in range(first, T):
-        hidden = model.hidden(x, caches, start)[:, -1]                           # (rows, W)
-        u = torch.rand(B, generator=generator, device=device)[rows]              # whichever rows have left the batch
-        logits = model.logits(hidden)                                            # (rows, V)
-        token = draw(logits, temperature, u)
-        writing = alive & (t >= length)
-        if logp is not None:
-            logp[rows, t] = log_softmax(logits).gather(1, token[:, None]).squeeze(1).masked_fill(~writing, 0.)
-        token = torch.where(writing, token, ids[rows, t])                        # a prompt's token, or filler
+        logits = model.logits(model.hidden(x, caches, start)[:, -1])         # (rows, V)
+        u = torch.rand(B, generator=generator, device=device)[rows]          # same for any `rows`
+        token = sample_token(logits, temperature, u)
+        sampled = alive & (t >= length)
+        if logp_out is not None:
+            logp = log_softmax(logits).gather(1, token[:, None]).squeeze(1)
+            logp_out[rows, t] = logp.masked_fill(~sampled, 0.)
+        token = torch.where(sampled, token, ids[rows, t])                    # or prompt, or filler
         ids[rows, t] = token
-        alive &= ~(writing & (token == end)) & (t + 1 < stop)
+        alive &= ~(sampled & (token == end)) & (t + 1 < stop)
         x, start = token[:, None], t
-        if t % 4 == 0 and (keep := alive.nonzero().squeeze(1)).numel() < .8 * len(rows):
-            if not len(keep):                                                    # rows that have ended leave the batch
-                return ids[:, :t + 1]
-            rows, x, length, stop, alive = rows[keep], x[keep], length[keep], stop[keep], alive[keep]
+        keep = alive.nonzero().squeeze(1) if t % 4 == 0 else rows            # looking costs time
+        if len(keep) == 0:
+            return ids[:, :t + 1]
+        if len(keep) < .8 * len(rows):                                       # drop the ended rows
+            rows, x, alive, length, stop = (y[keep] for y in (rows, x, alive, length, stop))
             caches = [cache[:, keep] for cache in caches]
     return ids
 
 
 def response_mask(ids: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int) -> Tensor:
-    """Which ids are response tokens: from the prompt to the first end token, that included; ids (B, T) -> bool (B, T)."""
+    """Which ids are response tokens, the first end token included: ids (B, T) -> bool (B, T)."""
     columns = torch.arange(ids.shape[1], device=ids.device)
-    response = (columns >= prompt_lengths[:, None]) & (columns < (prompt_lengths + max_tokens)[:, None])
-    ended = ((ids == end) & response).int().cumsum(1)
-    return response & (ended - ((ids == end) & response).int() == 0)
+    first = prompt_lengths[:, None]
+    response = (columns >= first) & (columns < first + max_tokens)
+    is_end = ((ids == end) & response).int()
+    ends_before = is_end.cumsum(1) - is_end
+    return response & (ends_before == 0)
 
 
-@torch.no_grad()
-def respond(model: GPT, prompts: tuple[Tensor, Tensor], count: int, max_tokens: int, end: int, generator: torch.Generator,
-            temperature: float = 1., batch: int = 2048) -> tuple[Tensor, Tensor]:
-    """`count` responses to each prompt, in batches: ((N, P), (N,)) -> ids (N * count, P + max_tokens), mask of the same shape."""
+def generate(model: GPT, prompts: tuple[Tensor, Tensor], count: int, max_tokens: int, end: int,
+             generator: torch.Generator, temperature: float = 1.,
+             batch: int = 2048) -> tuple[Tensor, Tensor]:
+    """Sample `count` responses to each of N prompts, in batches; those to a prompt are consecutive.
+
+    prompts is ids (N, P) and lengths (N,) -> ids (N * count, P + max_tokens) and their mask.
+    """
     ids, lengths = (p.repeat_interleave(count, 0) for p in prompts)
     width = prompts[0].shape[1] + max_tokens
-    rows = [sample(model, a, b, max_tokens, end, temperature, generator) for a, b in zip(ids.split(batch), lengths.split(batch))]
-    ids = torch.cat([F.pad(row, (0, width - row.shape[1]), value=end) for row in rows])
+    parts = []
+    for part_ids, part_lengths in zip(ids.split(batch), lengths.split(batch)):
+        part = sample(model, part_ids, part_lengths, max_tokens, end, temperature, generator)
+        parts.append(F.pad(part, (0, width - part.shape[1]), value=end))
+    ids = torch.cat(parts)
     return ids, response_mask(ids, lengths, max_tokens, end)
 
 
-def longest(mask: Tensor) -> int:
-    """One past the last response token of all rows: what stands beyond is filler. mask (B, T)"""
+# ----------------------------------------------------------------------------- scoring in batches
+def trimmed_width(mask: Tensor) -> int:
+    """One past the last response token of all rows; later columns are filler. mask (B, T)."""
     return int(mask.any(0).nonzero().max()) + 1
 
 
 @torch.no_grad()
-def score_batches(function, ids: Tensor, mask: Tensor, batch: int = 512) -> Tensor:
-    """function(ids, mask) -> (B, ...) over many rows, in batches of like length, each cut to its longest: (N, T), (N, T) -> (N, ...)
+def map_batches(function: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor,
+                batch: int = 512) -> Tensor:
+    """function(ids, mask) over many rows, in batches of similar length: (N, T), (N, T) -> (N, ...).
 
-    Where it gives something for each token, (B, T, ...), what was cut off is 0.
+    Each batch is cut to its longest row. Where the function returns one value per token,
+    (B, T, ...), the columns that were cut off are 0.
     """
-    parts, order = [], mask.sum(1).argsort(stable=True)
+    parts = []
+    order = mask.sum(1).argsort(stable=True)
     for rows in order.split(batch):
-        width = longest(mask[rows])
+        width = trimmed_width(mask[rows])
         part = function(ids[rows, :width], mask[rows, :width])
         if part.dim() > 1:
-            part = torch.cat([part, part.new_zeros(len(rows), mask.shape[1] - width, *part.shape[2:])], 1)
+            filler = part.new_zeros(len(rows), mask.shape[1] - width, *part.shape[2:])
+            part = torch.cat([part, filler], 1)
         parts.append(part)
     return torch.cat(parts)[order.argsort()]
 
 
-def log_probabilities(model: GPT, ids: Tensor, mask: Tensor, device: str | None = None) -> Tensor:
-    """log pi(y|x) of many responses, in batches, without gradient: ids (N, T), mask (N, T) -> (N,) on the CPU"""
-    with torch.no_grad():
-        return score_batches(lambda a, b: response_logp(model, a, b).sum(1), ids.to(device), mask.to(device)).cpu()
+def batched_sequence_logp(model: GPT, ids: Tensor, mask: Tensor, device: str) -> Tensor:
+    """log pi(y|x) of many responses, nats, without gradient: (N, T), (N, T) -> (N,) on the CPU."""
+    def logp(ids: Tensor, mask: Tensor) -> Tensor:
+        return response_token_logp(model, ids, mask).sum(1)
+
+    return map_batches(logp, ids.to(device), mask.to(device)).cpu()

@@ -1,220 +1,289 @@
-"""The experiment of Section 6: corpus, SFT, completions, labels, reward model, the sweep, evaluation, plot.   python train.py
+"""The experiment of Section 6: SFT, preferences, reward model, DPO, PPO, evaluation, the frontier.
 
-Everything is made in stages: files named by a hash of all that determines them, loaded if they are there and made if not. So a
-stopped run goes on where it was, a new loss reuses the baselines, and workers share the sweep. `--help` lists every number.
+    python train.py                                        the default experiment
+    python train.py --loss my_loss.py:my_loss              a loss of your own, beside the others
+    python train.py --help                                 every number, with its meaning
+
+Every result is a stage (harness.py): computed once, kept in a file under --out, and loaded from
+there the next time. So a run that was stopped continues where it was, and a new loss reuses the
+baselines. Several workers run this program at once and share the stages.
 """
+import multiprocessing
+import os
+import signal
+import sys
+
+
+def stop(*_) -> None:
+    """Ctrl-C: end this process and its workers at once; finished stages are in their files."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if multiprocessing.parent_process() is None:
+        os.write(2, b"stopped; the same command continues from here\n")
+    os._exit(130)
+
+
+if __name__ in ("__main__", "__mp_main__"):    # before torch, whose import takes seconds
+    signal.signal(signal.SIGINT, stop)
+
 import argparse
 import copy
 import dataclasses
-import hashlib
-import inspect
-import json
 import math
-import os
 import pathlib
-import signal
-import sys
+import re
 import time
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
 
-if __name__ == "__main__":    # before torch is imported, which takes seconds; what is finished is in its file, so nothing need be tidied
-    signal.signal(signal.SIGINT, lambda *_: ("RANK" in os.environ or os.write(2, b"stopped; the same command goes on from here\n"), os._exit(130)))
-
+import tiktoken
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import dpo
+import harness
 import ppo
-from data import Job, Preferences, Stages, UserError, end_with_parent, launch, load_stage, rng, source, torch_rng
-from model import GPT, GPTConfig, fit, log_probabilities, respond, response_logp, schedule, state_of
-from plots import STYLE, frontier, gap, results
+from data import Preferences, rng, torch_rng
+from harness import LossError, Stages, UserError, cached, option
+from model import (GPT, GPTConfig, batched_sequence_logp, cpu_state_dict, generate, lr_schedule,
+                   map_batches, response_kl, response_token_logp)
+from plots import STYLE, cost, figures, gap, mean_and_se, mean_over_steps, style, tables
 
 
-# ----------------------------------------------------------------------------------------------------------- configuration
-def option(default, meaning: str, low: float = 0, high: float = math.inf, choices: tuple = ()):
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
-
-
+# ---------------------------------------------------------------------------------- configuration
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = option(0, "seed of the corpus and of pi_ref, and the first of the experiments' seeds", 0, 2**53)
-    seeds: int = option(1, "experiments, each with its own preferences, reward model and policies", 1, 100)
-    split: str = option("test", "whose prompts judge policies: test for results, validation for tuning",
+    """Every number of the experiment; each field is a flag."""
+    seed: int = option(0, "seed of corpus and pi_ref, and the first of --seeds", 0, 2**53)
+    seeds: int = option(1, "repetitions, each with its own preferences and policies", 1, 100)
+    split: str = option("test", "evaluation prompts: test for results, validation for tuning",
                         choices=("test", "validation"))
     # the task (Section 6, App. C.1)
-    reviews: int = option(32_000, "reviews in all: 80% train, 10% validation, 10% test", 50, 10**6)
-    vocab_size: int = option(512, "tokens of the vocabulary, end-of-text included", 300, 10**5)
+    reviews: int = option(32_000, "reviews: 80% train, 10% validation, 10% test", 50, 10**6)
+    vocab_size: int = option(512, "tokens in the vocabulary, end-of-text included", 300, 10**5)
     max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
     # the model
     layers: int = option(2, "blocks of the GPT", 1, 100)
     heads: int = option(2, "attention heads", 1, 100)
     width: int = option(64, "width of the GPT, a multiple of the heads", 1, 10**5)
     sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
-    sft_batch: int = option(64, "reviews a step", 1, 10**5)
+    sft_batch: int = option(64, "reviews a step of SFT", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
     # preferences (Section 6)
     prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
-    completions: int = option(4, "completions a prompt: 4 give 6 pairs; also PPO's episodes for each prompt it draws", 2, 64)
-    labels: str = option("deterministic", "deterministic: the higher true reward wins (paper); bt: Bradley-Terry, Eq. 1",
+    completions: int = option(4, "completions a prompt, and PPO's episodes a prompt", 2, 64)
+    labels: str = option("deterministic", "deterministic: higher reward wins (paper); bt: Eq. 1",
                          choices=("deterministic", "bt"))
-    tau: float = option(.1, "temperature of bt labels: P(1 beats 2) = sigma((r1 - r2) / tau)", 1e-6, 1e6)
-    # DPO and the other losses on pairs (App. B)
-    betas: tuple[float, ...] = option((.7, 1., 2., 3.), "beta of DPO and of --loss, a list (paper: .05,.1,1,5)", 1e-6, 1e6)
-    alphas: tuple[float, ...] = option((.1, .5, 1.), "alpha of Unlikelihood, a list (paper: .05,.1,.5,1)", 0, 1e6)
-    preferred_runs: int = option(1, "runs of Preferred-FT, each in an order of its own", 0, 100)
-    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs), of the reward model too", 1, 10**5)
-    lr: float = option(5e-4, "peak learning rate on pairs, after 10% warm-up, then linear to 0", 1e-12, 10)
+    tau: float = option(.1, "temperature of bt labels: sigma((r_1 - r_2) / tau)", 1e-6, 1e6)
+    # DPO and other losses on pairs (App. B)
+    betas: tuple[float, ...] = option((.7, 1., 2., 3.), "beta of DPO and of --loss, a list (paper: "
+                                      ".05,.1,1,5)", 1e-6, 1e6)
+    alphas: tuple[float, ...] = option((.1, .5, 1.), "alpha of Unlikelihood, a list (paper: "
+                                       ".05,.1,.5,1)", 0, 1e6)
+    preferred_runs: int = option(1, "runs of Preferred-FT, each in its own order", 0, 100)
+    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1,
+                                10**5)
+    lr: float = option(5e-4, "peak learning rate on pairs", 1e-12, 10)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
     # RLHF (Section 3)
-    rm_epochs: int = option(3, "epochs of the reward model; the best by validation accuracy is kept (paper: 3)", 1, 1000)
-    rm_lr: float = option(1e-3, "peak learning rate of the reward model, and of the values that PPO starts from", 1e-12, 10)
-    kl_targets: tuple[float, ...] = option((1., 2., 4.), "target KL of PPO, nats, a list (paper: 3,6,9,12)", 1e-6, 1e6)
-    ppo_steps: int = option(100, "batches of episodes", 1, 10**6)
+    rm_epochs: int = option(3, "epochs of the reward model; the best is kept (paper: 3)", 1, 1000)
+    rm_lr: float = option(1e-3, "peak learning rate of reward model and initial values", 1e-12, 10)
+    kl_targets: tuple[float, ...] = option((1., 2., 4.), "target KL of PPO, nats, a list (paper: "
+                                           "3,6,9,12)", 1e-6, 1e6)
+    ppo_steps: int = option(100, "steps of PPO, each on a batch of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
-    ppo_epochs: int = option(1, "passes over a batch", 1, 100)
-    ppo_lr: float = option(1e-3, "peak learning rate of policy and values, after 10% warm-up, then linear to 0", 1e-12, 10)
-    ppo_coefficient: float = option(.75, "price of a nat to start with, at target 1, in standard deviations of the reward", 1e-9, 1e6)
+    ppo_epochs: int = option(1, "epochs over a batch", 1, 100)
+    ppo_lr: float = option(1e-3, "peak learning rate of policy and values", 1e-12, 10)
+    ppo_coefficient: float = option(.75, "initial price of a nat at target 1, in standard "
+                                    "deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
-    eval_prompts: int = option(64, "held-out prompts that judge every policy, and the optimum", 2, 10**5)
+    eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
     eval_samples: int = option(16, "responses to each, for a finished policy", 1, 10**4)
-    evaluations: int = option(8, "evaluations of a run, the last of them of the finished policy", 1, 1000)
+    evaluations: int = option(8, "evaluations of a run, the last of its finished policy", 1, 1000)
     optimum_samples: int = option(1024, "responses of pi_ref to each, for the optimum", 512, 10**6)
 
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), alphas=(.05, .1, .5, 1.), ppo_steps=400, optimum_samples=8_192),
-    "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3, sft_batch=16, sft_lr=1e-2, prompts=64,
-                 betas=(.5, 2.), alphas=(.1,), rm_epochs=1, kl_targets=(1.,), ppo_steps=2, ppo_batch=16,
-                 ppo_minibatch=8, eval_prompts=12, eval_samples=4, evaluations=2, optimum_samples=640),
+    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), alphas=(.05, .1, .5, 1.), ppo_steps=400,
+                  optimum_samples=8_192),
+    "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3,
+                 sft_batch=16, sft_lr=1e-2, prompts=64, betas=(.5, 2.), alphas=(.1,), rm_epochs=1,
+                 kl_targets=(1.,), ppo_steps=2, ppo_batch=16, ppo_minibatch=8, eval_prompts=12,
+                 eval_samples=4, evaluations=2, optimum_samples=640),
 }
 
 
-def read_flags(argv: list[str]) -> tuple[Config, argparse.Namespace]:
-    """The command line: every field of Config is a flag. Raises UserError, in one sentence, for a value that cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python train.py --help"))    # no lambda can raise
-    parser.add_argument("--preset", default="default", choices=PRESETS, help="sizes to start from; other flags override them")
-    parser.add_argument("--out", help="folder for all that is written (default runs/PRESET)")
-    parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
-                        help="train this loss, all of it in one file, over --betas instead of the sweep, beside the baselines that are there; repeatable")
-    parser.add_argument("--pairs", metavar="FILE.jsonl", help="preferences of your own, a JSON object a line: prompt, chosen, rejected")
-    parser.add_argument("--study", action="store_true", help="also run DPO without one obstacle at a time, for plots/gap.py and the README")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the sweep (default: one a core, at most 16; GPU: 4)")
-    for f in dataclasses.fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=partial(data.parse, flag, f), metavar="N", default=argparse.SUPPRESS,
-                            help=f"{f.metadata['meaning'].replace('%', '%%')} (default: {f.default})")
-    args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    cfg = dataclasses.replace(Config(**PRESETS[args.preset]), **given)
-    needed = 20 * (12 * cfg.layers * cfg.width**2 + cfg.vocab_size * cfg.width) + 9 * cfg.prompts * cfg.completions * cfg.max_tokens
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")    # bytes; needed: weights, gradients, Adam's, pi_ref; ids, masks
-    for wrong, message in (
-            (args.workers is not None and not 0 < args.workers < 257, f"--workers must be from 1 to 256, not {args.workers}"),
-            (args.study and (args.loss or args.pairs), "--study goes with neither --loss nor --pairs: it is of the paper's methods on pi_ref's pairs"),
-            (args.out == "", "--out names no folder"),
-            (needed > there, f"these sizes need at least {needed / 1e9:,.0f} GB of memory and there are {there / 1e9:.0f}: take smaller ones"),
-            (cfg.width % cfg.heads, f"--width {cfg.width} is not a multiple of --heads {cfg.heads}"),
-            (cfg.prompts > .8 * cfg.reviews, f"--prompts {cfg.prompts} is more than 80% of --reviews {cfg.reviews}, the train reviews"),
-            (cfg.eval_prompts > .1 * cfg.reviews, f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews {cfg.reviews}"),
-            (cfg.ppo_batch % cfg.completions, f"--ppo-batch {cfg.ppo_batch} is not a multiple of --completions {cfg.completions}")):
-        if wrong:
-            raise UserError(message)
-    return cfg, args
+def check_config(cfg: Config) -> None:
+    """Raise UserError for sizes that do not fit together, or not into this machine."""
+    parameters = 12 * cfg.layers * cfg.width**2 + cfg.vocab_size * cfg.width
+    tokens = cfg.prompts * cfg.completions * cfg.max_tokens
+    needed = 20 * parameters + 9 * tokens    # bytes: weights, gradients, Adam, pi_ref; ids, masks
+    memory = harness.total_memory()
+    if needed > memory:
+        raise UserError(f"these sizes need at least {needed / 1e9:,.0f} GB of memory, but there "
+                        f"are {memory / 1e9:.0f}: choose smaller ones")
+    if cfg.width % cfg.heads:
+        raise UserError(f"--width {cfg.width} is not a multiple of --heads {cfg.heads}")
+    if cfg.prompts > .8 * cfg.reviews:
+        raise UserError(f"--prompts {cfg.prompts} is more than the train reviews, 80% of "
+                        f"--reviews {cfg.reviews}")
+    if cfg.eval_prompts > .1 * cfg.reviews:
+        raise UserError(f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews "
+                        f"{cfg.reviews}")
+    if cfg.ppo_batch % cfg.completions:
+        raise UserError(f"--ppo-batch {cfg.ppo_batch} is not a multiple of --completions "
+                        f"{cfg.completions}")
 
 
-# ------------------------------------------------------------------------------------------------ corpus and SFT (App. C.1)
-def key_of(cfg: Config, fields: str, *more) -> str:
-    """Hash of all that determines a stage: the fields named, its parents' included, the code that makes it, and anything more."""
-    makers = (prepare, complete, label, train_on_pairs, reward_model, score_of, values_of, ppo_run, train_and_judge, frontier.measure,
-              frontier.optimum, frontier.clustered, frontier.averages, results.encode_pairs)
-    code = [source(data.__file__, sys.modules["model"].__file__), *map(inspect.getsource, makers)]
-    text = json.dumps([{name: getattr(cfg, name) for name in fields.split()}, code, more], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-CORPUS = "seed reviews vocab_size"
-SFT = CORPUS + " layers heads width max_tokens sft_epochs sft_batch sft_lr"
-COMPLETIONS = SFT + " prompts completions"
-PAIRS = COMPLETIONS + " labels tau batch_prompts"
-OPTIMUM = SFT + " split eval_prompts optimum_samples"
-EVALUATION = " split eval_prompts eval_samples evaluations"
-PPO = PAIRS + EVALUATION + " rm_epochs rm_lr ppo_steps ppo_batch ppo_minibatch ppo_epochs ppo_lr ppo_coefficient ppo_horizon"
-
-
-class Lab(NamedTuple):
+# ---------------------------------------------------------------------------------- SFT (App. C.1)
+class Setup(NamedTuple):
     """What all runs share."""
     cfg: Config
-    stages: Stages                    # the files in the run's folder, shared between the workers
+    stages: Stages
     device: str
-    encoding: object
-    corpus: dict[str, list[str]]
+    key: str                          # stands for the next three fields in the hash of a stage
+    encoding: tiktoken.Encoding
+    corpus: dict[str, list[str]]      # split -> reviews
     ref: GPT                          # pi_ref
-    prompts: tuple[Tensor, Tensor]    # that policies are judged on
-    pairs: Preferences | None         # the user's own, instead of labelled completions of pi_ref
-    pairs_key: str                    # hash of their file
-    learned: Callable | None = None   # the first seed's learned reward, for figures: (ids, mask) -> (B,)
-
-    def reward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return data.true_reward(self.encoding, ids, mask)
+    user_pairs: harness.UserPairs | None = None
+    eval_prompts: tuple[Tensor, Tensor] | None = None           # for figures
+    learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def prepare(cfg: Config, stages: Stages, device: str, own: list[dict] = [], path: str | None = None) -> Lab:
-    """Corpus, tokenizer, pi_ref, the prompts that judge, and the user's own pairs, if there are any."""
-    corpus = stages.stage("corpus", key_of(cfg, CORPUS), partial(data.write_corpus, cfg.reviews, cfg.seed))
-    learn = partial(data.learn_ranks, corpus["train"][:150], cfg.vocab_size)
-    encoding = data.make_encoding(stages.stage("tokenizer", key_of(cfg, CORPUS), learn))
-    pairs = results.encode_pairs(encoding, own, cfg.max_tokens, path) if own else None
-    config = GPTConfig(cfg.vocab_size, cfg.max_tokens + data.PROMPT, cfg.layers, cfg.heads, cfg.width)
-    ref = GPT(config, torch_rng("init", cfg.seed)).to(device)
-
-    def train_sft() -> dict[str, Tensor]:
-        rows = [(encoding.encode(text) + [encoding.eot_token])[:config.context] for text in corpus["train"]]
-        order = [i for e in range(cfg.sft_epochs) for i in rng("sft", cfg.seed, e).sample(range(len(rows)), len(rows))]
-        batches = [order[i:i + cfg.sft_batch] for i in range(0, len(order), cfg.sft_batch)]
-        return state_of(fit(ref, *data.pad(rows, encoding.eot_token), batches, cfg.sft_lr))
-
-    ref.load_state_dict(stages.stage("sft", key_of(cfg, SFT), train_sft))
-    ref.requires_grad_(False)
-    prompts = data.make_prompts(encoding, corpus[cfg.split][:cfg.eval_prompts], rng("judge", cfg.seed))
-    lab = Lab(cfg, stages, device, encoding, corpus, ref, tuple(p.to(device) for p in prompts), None, "")
-    return lab if not own else lab._replace(pairs_key=hashlib.sha256(json.dumps(own).encode()).hexdigest(),
-                                            pairs=pairs._replace(ref=log_probabilities(ref, pairs.ids, pairs.mask, device)))
+@cached
+def write_corpus(setup: Setup) -> dict[str, list[str]]:
+    """The reviews of each split."""
+    return data.write_corpus(setup.cfg.reviews, setup.cfg.seed)
 
 
-# ---------------------------------------------------------------------------------------------------- completions, labels
-def complete(lab: Lab, split: str, count: int, seed: int) -> dict[str, Tensor]:
-    """Completions of `count` prompts by pi_ref, their true rewards and their reference log-probabilities, in shared parts."""
-    cfg = lab.cfg
-    prompts = data.make_prompts(lab.encoding, lab.corpus[split][:count], rng("prompts", split, seed))
-    parts = [tuple(p.to(lab.device) for p in part) for part in zip(*(p.chunk(8) for p in prompts))]
-
-    def make(i: int) -> dict[str, Tensor]:
-        generator = torch_rng("completions", split, seed, i, device=lab.device)
-        ids, mask = respond(lab.ref, parts[i], cfg.completions, cfg.max_tokens, lab.encoding.eot_token, generator)
-        return {"ids": ids.cpu(), "mask": mask.cpu(), "ref": log_probabilities(lab.ref, ids, mask), "reward": lab.reward(ids, mask).cpu()}
-
-    key = key_of(cfg, COMPLETIONS, split, count, seed)
-    made = lab.stages.share([(f"completions-{split}-seed{seed}-{i}", key, partial(make, i)) for i in range(len(parts))])
-    return {name: torch.cat([part[name] for part in made]) for name in made[0]}
+@cached
+def learn_tokenizer(setup: Setup) -> dict[bytes, int]:
+    """Byte-pair ranks, from as many train reviews as contain all the words."""
+    corpus, vocab_size = write_corpus(setup), setup.cfg.vocab_size
+    try:
+        return data.learn_ranks(corpus["train"][:150], vocab_size)
+    except ValueError:
+        raise UserError(f"the reviews have too few different words for --vocab-size {vocab_size}: "
+                        "choose a smaller one") from None
 
 
-def label(lab: Lab, split: str, count: int, seed: int) -> Preferences:
-    """The completions of `count` prompts of a split, and all pairs of them, labelled; or the user's own pairs to train on."""
-    if split == "train" and lab.pairs:
-        return lab.pairs
-    cfg, made = lab.cfg, complete(lab, split, count, seed)
-    winner, loser, _ = data.label_pairs(made["reward"].view(-1, cfg.completions), cfg.labels, cfg.tau, torch_rng("labels", split, seed))
-    return Preferences(made["ids"], made["mask"], made["ref"], winner, loser, cfg.completions)
+def new_gpt(cfg: Config, device: str) -> GPT:
+    """The GPT before any training."""
+    context = cfg.max_tokens + data.MAX_PROMPT_TOKENS
+    config = GPTConfig(cfg.vocab_size, context, cfg.layers, cfg.heads, cfg.width)
+    return GPT(config, torch_rng("init", cfg.seed)).to(device)
 
 
-# -------------------------------------------------------------------------------------------------- the methods (Section 6)
+def sft(model: GPT, ids: Tensor, lengths: Tensor, batches: list[list[int]], lr: float) -> None:
+    """Maximum likelihood of each token given those before it: ids (N, T), lengths (N,).
+
+    `batches` are lists of rows, one for each step.
+    """
+    device = model.token.weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=0.,
+                                  fused=True)
+    scheduler = lr_schedule(optimizer, len(batches))
+    for step, rows in enumerate(batches, 1):
+        width = int(lengths[rows].max())
+        mask = torch.arange(width) < lengths[rows][:, None]
+        mask[:, 0] = False                                # nothing predicts the first token
+        mask = mask.to(device)
+        logp = response_token_logp(model, ids[rows, :width].to(device), mask)
+        loss = -logp.sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        scheduler.step()
+        if step % max(len(batches) // 5, 1) == 0:
+            print(f"SFT step {step}/{len(batches)}: {loss.item():.3f} nats a token", flush=True)
+
+
+@cached
+def train_reference(setup: Setup) -> dict[str, Tensor]:
+    """The parameters of pi_ref: SFT on the train reviews."""
+    cfg, corpus = setup.cfg, write_corpus(setup)
+    encoding = data.make_encoding(learn_tokenizer(setup))
+    model = new_gpt(cfg, setup.device)
+    rows = [encoding.encode(text) + [encoding.eot_token] for text in corpus["train"]]
+    rows = [row[:model.config.context] for row in rows]
+    order = []
+    for epoch in range(cfg.sft_epochs):
+        order += rng("sft", cfg.seed, epoch).sample(range(len(rows)), len(rows))
+    batches = [order[i:i + cfg.sft_batch] for i in range(0, len(order), cfg.sft_batch)]
+    sft(model, *data.pad(rows, encoding.eot_token), batches, cfg.sft_lr)
+    return cpu_state_dict(model)
+
+
+def prepare(cfg: Config, stages: Stages, device: str, pairs: list[dict] = [],
+            path: str = "") -> Setup:
+    """Corpus, tokenizer and pi_ref; and the user's pairs, read from `path`, if there are any."""
+    ref = new_gpt(cfg, device).requires_grad_(False)
+    setup = Setup(cfg, stages, device, "", None, None, ref)
+    encoding = data.make_encoding(learn_tokenizer(setup))
+    user_pairs = harness.encode_pairs(encoding, pairs, cfg.max_tokens, path) if pairs else None
+    ref.load_state_dict(train_reference(setup))
+    if user_pairs:
+        ids, mask = user_pairs.preferences.ids, user_pairs.preferences.mask
+        user_pairs = user_pairs.with_reference(batched_sequence_logp(ref, ids, mask, device))
+    return setup._replace(corpus=write_corpus(setup), encoding=encoding, user_pairs=user_pairs,
+                          key=stages.path(setup, train_reference, ()).name)
+
+
+# ---------------------------------------------------------------- completions, labels (Section 6)
+@cached
+def make_prompts(setup: Setup, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Prompts from the first `count` reviews of a split -> ids (count, P), lengths (count,)."""
+    texts = setup.corpus[split][:count]
+    return data.make_prompts(setup.encoding, texts, rng("prompts", split, seed))
+
+
+@cached
+def complete_part(setup: Setup, split: str, count: int, seed: int, part: int) -> dict[str, Tensor]:
+    """Completions of an eighth of the prompts by pi_ref, with log pi_ref and true rewards."""
+    cfg, device, end = setup.cfg, setup.device, setup.encoding.eot_token
+    prompts = tuple(p.chunk(8)[part].to(device) for p in make_prompts(setup, split, count, seed))
+    generator = torch_rng("completions", split, seed, part, device=device)
+    ids, mask = generate(setup.ref, prompts, cfg.completions, cfg.max_tokens, end, generator)
+    return {"ids": ids.cpu(), "mask": mask.cpu(),
+            "ref": batched_sequence_logp(setup.ref, ids, mask, device),
+            "reward": data.true_reward(setup.encoding, ids, mask).cpu()}
+
+
+def complete(setup: Setup, split: str, count: int, seed: int) -> dict[str, Tensor]:
+    """The completions of `count` prompts: ids (C, T), mask (C, T), ref (C,), reward (C,)."""
+    parts = range(len(torch.empty(count).chunk(8)))
+    completions = setup.stages.get_all(
+        setup, [(complete_part, split, count, seed, part) for part in parts])
+    return {name: torch.cat([part[name] for part in completions]) for name in completions[0]}
+
+
+def label(setup: Setup, split: str, count: int, seed: int) -> Preferences:
+    """Labelled pairs of the completions of `count` prompts. Raises UserError if there are none."""
+    cfg, completions = setup.cfg, complete(setup, split, count, seed)
+    reward = completions["reward"].view(-1, cfg.completions)
+    generator = torch_rng("labels", split, seed)
+    winner, loser, _ = data.label_pairs(reward, cfg.labels, cfg.tau, generator)
+    if not len(winner):
+        raise UserError(f"all completions of a {split} prompt have the same reward, so that there "
+                        "is no pair to learn from: train pi_ref longer (--sft-epochs), or use more "
+                        "--prompts")
+    return Preferences(completions["ids"], completions["mask"], completions["ref"], winner, loser,
+                       cfg.completions)
+
+
+def train_pairs(setup: Setup, seed: int) -> Preferences:
+    """The pairs to train on: the user's own, or those of pi_ref's completions."""
+    if setup.user_pairs:
+        return setup.user_pairs.preferences
+    return label(setup, "train", setup.cfg.prompts, seed)
+
+
+# -------------------------------------------------------------------------------- DPO (Section 4)
 class Run(NamedTuple):
     """One policy of the sweep."""
     method: str
@@ -222,177 +291,340 @@ class Run(NamedTuple):
     seed: int
 
 
-def train_on_pairs(lab: Lab, policy: GPT, loss_function: Callable, run: Run) -> tuple[int, Iterator[dict]]:
-    """DPO, or any other loss on pairs (App. B): the number of steps, and the steps."""
-    cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, run.seed)
-    batches = [b for e in range(cfg.epochs) for b in data.prompt_order(pairs, cfg.batch_prompts, torch_rng("order", *run[1:], e))]
+def train_on_pairs(setup: Setup, policy: GPT, run: Run,
+                   loss_function: Callable) -> tuple[int, Iterator[dict[str, float]]]:
+    """DPO, or another loss on pairs (App. B): the number of steps, and an iterator over them."""
+    cfg, device, pairs = setup.cfg, setup.device, train_pairs(setup, run.seed)
+    batches = []
+    for epoch in range(cfg.epochs):
+        generator = torch_rng("order", run.setting, run.seed, epoch)
+        batches += data.prompt_batches(pairs, cfg.batch_prompts, generator)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0., fused=True)
-    decay = schedule(optimizer, len(batches))
+    scheduler = lr_schedule(optimizer, len(batches))
 
     def step(prompts: Tensor) -> dict[str, float]:
         batch = data.prompt_batch(pairs, prompts)
-        ids, mask = batch.ids.to(lab.device), batch.mask.to(lab.device)
-        logp = response_logp(policy, ids, mask).sum(1)                                     # 4 forwards a prompt ...
-        pair = dpo.make_pairs(logp, batch.ref.to(lab.device), mask.sum(1), batch.winner.to(lab.device), batch.loser.to(lab.device))
-        loss = loss_function(pair, run.setting).mean()                                     # ... for 6 pairs
+        ids, mask, ref = batch.ids.to(device), batch.mask.to(device), batch.ref.to(device)
+        winner, loser = batch.winner.to(device), batch.loser.to(device)
+        logp = response_token_logp(policy, ids, mask).sum(1)          # 4 forwards a prompt ...
+        pair = dpo.make_pairs(logp, ref, mask.sum(1), winner, loser)
+        loss = loss_function(pair, run.setting).mean()                # ... for 6 pairs
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay.step()
-        margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()        # nats; times beta: rhat_w - rhat_l
-        means = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin, "accuracy": (margin > 0).float(),
-                 "weight": torch.sigmoid(-run.setting * margin), "trained_tokens": mask.sum().float()}
-        return {name: x.mean().item() for name, x in means.items()}
+        scheduler.step()
+        margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()    # nats
+        statistics = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin,
+                      "accuracy": (margin > 0).float(),
+                      "weight": torch.sigmoid(-run.setting * margin),    # sigma(rhat_l - rhat_w)
+                      "trained_tokens": mask.sum().float()}
+        return {name: x.mean().item() for name, x in statistics.items()}
 
     return len(batches), map(step, batches)
 
 
-def reward_model(lab: Lab, seed: int) -> Job:
-    """The stage of the learned reward: model, accuracy, and the mean and deviation of its scores on responses of pi_ref."""
-    def make() -> dict:
-        cfg, pairs = lab.cfg, label(lab, "train", lab.cfg.prompts, seed)
-        held_out = label(lab, "validation", min(-(-cfg.prompts // 8), len(lab.corpus["validation"])), seed)
-        epochs = [data.prompt_order(pairs, cfg.batch_prompts, torch_rng("reward model", seed, e)) for e in range(cfg.rm_epochs)]
-        return ppo.train_reward_model(cfg, lab.ref, pairs, held_out, epochs, lab.device)
-
-    return f"reward-model-seed{seed}", key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), seed, lab.pairs_key), make
-
-
-def score_of(lab: Lab, method: str, seed: int) -> Callable:
-    """What PPO (the learned reward) and PPO-GT (the true one) are paid: mean 0 and deviation 1 on responses of pi_ref. -> (B,)"""
-    if method == "ppo":
-        fitted, model = lab.stages.stage(*reward_model(lab, seed)), ppo.ScalarModel(lab.ref).to(lab.device)
-        model.load_state_dict(fitted["model"])
-        reward, mean, deviation = partial(ppo.reward_of, model), fitted["mean"], fitted["deviation"]
-    else:
-        made = complete(lab, "train", lab.cfg.prompts, seed)["reward"]
-        reward, mean, deviation = lab.reward, made.mean().item(), made.std().item()
-    return lambda ids, mask: (reward(ids, mask) - mean) / deviation
+# ------------------------------------------------------------------------------- RLHF (Section 3)
+@cached
+def reward_model(setup: Setup, seed: int) -> dict:
+    """The reward model and the scale of its rewards: see `ppo.train_reward_model`."""
+    cfg, pairs = setup.cfg, train_pairs(setup, seed)
+    held_out_prompts = min(-(-cfg.prompts // 8), len(setup.corpus["validation"]))
+    held_out = label(setup, "validation", held_out_prompts, seed)
+    epochs = [data.prompt_batches(pairs, cfg.batch_prompts, torch_rng("reward model", seed, epoch))
+              for epoch in range(cfg.rm_epochs)]
+    return ppo.train_reward_model(cfg, setup.ref, pairs, held_out, epochs, setup.device)
 
 
-def values_of(lab: Lab, method: str, seed: int) -> Job:
-    """The stage of the values that PPO starts from, one for all its targets."""
-    def make() -> dict[str, Tensor]:
-        made = complete(lab, "train", lab.cfg.prompts, seed)
-        return ppo.fit_values(lab.ref, made["ids"], made["mask"], score_of(lab, method, seed), 4 * lab.cfg.batch_prompts, lab.cfg.rm_lr,
-                              torch_rng("values", seed))
+def learned_score(setup: Setup, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The reward of PPO: learned, with mean 0 and deviation 1 on responses of pi_ref."""
+    fitted = reward_model(setup, seed)
+    model = ppo.ScalarModel(setup.ref).to(setup.device)
+    model.load_state_dict(fitted["model"])
 
-    key = key_of(lab.cfg, PAIRS + " rm_epochs rm_lr", source(ppo.__file__), method, seed, lab.pairs_key * (method == "ppo"))
-    return f"values-{method}-seed{seed}", key, make
+    def score(ids: Tensor, mask: Tensor) -> Tensor:
+        return (ppo.predict_reward(model, ids, mask) - fitted["mean"]) / fitted["deviation"]
 
-
-def ppo_run(lab: Lab, policy: GPT, run: Run) -> tuple[int, Iterator[dict]]:
-    """PPO or PPO-GT: the number of steps, and the steps."""
-    cfg, score, values = lab.cfg, score_of(lab, run.method, run.seed), lab.stages.stage(*values_of(lab, run.method, run.seed))
-    prompts = data.make_prompts(lab.encoding, lab.corpus["train"][:cfg.prompts], rng("prompts", "train", run.seed))
-    return cfg.ppo_steps, ppo.train_ppo(cfg, policy, lab.ref, tuple(p.to(lab.device) for p in prompts), score, run.setting,
-                                        lab.encoding.eot_token, torch_rng(*run, device=lab.device), values)
+    return score
 
 
-def train_and_judge(lab: Lab, run: Run, loss: Callable | None) -> dict:
-    """One run, judged on its way (policies in "way", where figures need them) and at its end. NaN, or an error of a student's loss, ends it."""
-    cfg, policy, rows, way, since, seconds, step = lab.cfg, copy.deepcopy(lab.ref).requires_grad_(True), [], [], [], 0., 0
-    steps, log = train_on_pairs(lab, policy, loss, run) if loss else ppo_run(lab, policy, run)
-    start = time.perf_counter()
+def true_score(setup: Setup, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The reward of PPO-GT: true, with mean 0 and deviation 1 on responses of pi_ref."""
+    reward = complete(setup, "train", setup.cfg.prompts, seed)["reward"]
+    mean, deviation = reward.mean().item(), reward.std().item()
+
+    def score(ids: Tensor, mask: Tensor) -> Tensor:
+        return (data.true_reward(setup.encoding, ids, mask) - mean) / deviation
+
+    return score
+
+
+@cached
+def initial_values(setup: Setup, method: str, seed: int, score_function: Callable) -> dict:
+    """The values that PPO starts from, the same for all targets: see `ppo.fit_values`."""
+    cfg, completions = setup.cfg, complete(setup, "train", setup.cfg.prompts, seed)
+    return ppo.fit_values(setup.ref, completions["ids"], completions["mask"],
+                          score_function(setup, seed), 4 * cfg.batch_prompts, cfg.rm_lr,
+                          torch_rng("values", seed))
+
+
+def train_with_ppo(setup: Setup, policy: GPT, run: Run,
+                   score_function: Callable) -> tuple[int, Iterator[dict[str, float]]]:
+    """PPO or PPO-GT: the number of steps, and an iterator over them."""
+    cfg, seed = setup.cfg, run.seed
+    values = initial_values(setup, run.method, seed, score_function)
+    prompts = tuple(p.to(setup.device) for p in make_prompts(setup, "train", cfg.prompts, seed))
+    steps = ppo.train_ppo(cfg, policy, setup.ref, prompts, score_function(setup, seed),
+                          run.setting, setup.encoding.eot_token,
+                          torch_rng(*run, device=setup.device), values)
+    return cfg.ppo_steps, steps
+
+
+METHODS = {    # method -> how it is trained, and the loss or the reward that it is trained on
+    "ppo_gt": (train_with_ppo, true_score),
+    "ppo": (train_with_ppo, learned_score),
+    "dpo": (train_on_pairs, dpo.dpo_loss),
+    "unlikelihood": (train_on_pairs, dpo.unlikelihood_loss),
+    "preferred_ft": (train_on_pairs, dpo.preferred_ft_loss),
+}
+
+
+# -------------------------------------------------------------------------------------- evaluation
+def evaluation_prompts(setup: Setup) -> tuple[Tensor, Tensor]:
+    """The prompts of every evaluation, from held-out reviews: ids (X, P), lengths (X,)."""
+    texts = setup.corpus[setup.cfg.split][:setup.cfg.eval_prompts]
+    prompts = data.make_prompts(setup.encoding, texts, rng("judge", setup.cfg.seed))
+    return tuple(p.to(setup.device) for p in prompts)
+
+
+def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
+    """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
+
+    From `samples` responses to each evaluation prompt; `names` name the random generator.
+    """
+    generator = torch_rng("judge", *names, device=setup.device)
+    ids, mask = generate(policy, evaluation_prompts(setup), samples, setup.cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
+    reward = data.true_reward(setup.encoding, ids, mask)
+    kl = map_batches(partial(response_kl, policy, setup.ref), ids, mask, batch=64)
+    mean_reward, reward_se = mean_and_se(reward.view(-1, samples))
+    mean_kl, kl_se = mean_and_se(kl.view(-1, samples))
+    return {"reward": mean_reward, "reward_se": reward_se, "kl": mean_kl, "kl_se": kl_se,
+            "length": mask.sum(1).float().mean().item()}
+
+
+@cached
+def evaluate_reference(setup: Setup) -> dict[str, float]:
+    return evaluate(setup, setup.ref, setup.cfg.eval_samples, "sft")
+
+
+@cached
+def reference_rewards(setup: Setup, index: int) -> Tensor:
+    """True rewards of many responses of pi_ref to one evaluation prompt -> (N,)."""
+    prompt = tuple(p[index:index + 1] for p in evaluation_prompts(setup))
+    generator = torch_rng("optimum", setup.cfg.seed, index, device=setup.device)
+    ids, mask = generate(setup.ref, prompt, setup.cfg.optimum_samples, setup.cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
+    return data.true_reward(setup.encoding, ids, mask).cpu()
+
+
+def estimate_optimum(setup: Setup) -> dict:
+    """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean."""
+    indices = range(setup.cfg.eval_prompts)
+    rewards = setup.stages.get_all(setup, [(reference_rewards, index) for index in indices])
+    reward = torch.stack(rewards)                                                # (X, N)
+    frontier = dpo.optimal_frontier(reward, torch.logspace(-3.5, 1.5, 400))
+    return {**frontier, "ref_reward": reward.mean().item()}
+
+
+# --------------------------------------------------------------------------------------- the sweep
+KEEP_CHECKPOINTS = "dpo", "ppo", "unlikelihood"    # methods whose figures show policies on the way
+
+
+def check_finite(statistics: dict[str, float]) -> None:
+    """Raise FloatingPointError that names the statistics that are not finite."""
+    names = [name for name, x in statistics.items() if not math.isfinite(x)]
+    if names:
+        raise FloatingPointError(f"{', '.join(names)} not finite")
+
+
+@cached
+def train_policy(setup: Setup, run: Run, train: Callable, trained_on: Callable) -> dict:
+    """Train and evaluate one policy: its `rows` of results, `checkpoints` and final `policy`.
+
+    `train` and `trained_on` are those of METHODS. A number that is not finite, or an error of a
+    student's loss, ends the run: it keeps its rows, and `failure` gives the reason.
+    """
+    cfg, policy = setup.cfg, copy.deepcopy(setup.ref).requires_grad_(True)
+    steps, progress = train(setup, policy, run, trained_on)
+    result = {**run._asdict(), "rows": [], "checkpoints": [], "policy": {}, "failure": None}
+    recent, seconds, step, start = [], 0., 0, time.perf_counter()
     try:
-        for step, values in enumerate(log, 1):
-            since.append(values)
+        for step, statistics in enumerate(progress, 1):
             seconds += time.perf_counter() - start
-            judged, last = {}, step == steps
-            if last or step % -(-steps // cfg.evaluations) == 0:
-                judged = frontier.measure(lab, policy, cfg.eval_samples if last else -(-cfg.eval_samples // 4), *run, step)
-                mean = frontier.averages(since)
-            if wrong := [name for name, x in {**values, **judged}.items() if not math.isfinite(x)]:
-                raise FloatingPointError(f"{', '.join(wrong)} not finite")
-            if judged:
-                rows.append({**run._asdict(), "step": step, "final": last, **judged, "seconds": seconds, **mean})
-                since = []
-                way += [(step, state_of(policy))] if run.method in WATCHED else []
-                print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}: "
-                      + "  ".join(f"{name} {x:.3g}" for name, x in {**judged, **mean}.items() if name[-3:] != "_se"), flush=True)
+            check_finite(statistics)
+            recent.append(statistics)
+            if step == steps or step % -(-steps // cfg.evaluations) == 0:
+                samples = cfg.eval_samples if step == steps else -(-cfg.eval_samples // 4)
+                numbers = evaluate(setup, policy, samples, *run, step)
+                check_finite(numbers)
+                numbers.update(seconds=seconds, **mean_over_steps(recent))
+                recent = []
+                result["rows"].append({**run._asdict(), "step": step, "final": step == steps,
+                                       **numbers})
+                if run.method in KEEP_CHECKPOINTS:
+                    result["checkpoints"].append((step, cpu_state_dict(policy)))
+                print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}:",
+                      *(f"{name} {x:.3g} " for name, x in numbers.items() if name[-3:] != "_se"),
+                      flush=True)
             start = time.perf_counter()
-    except (FloatingPointError, dpo.LossError) as error:
-        return {**run._asdict(), "rows": rows, "policy": {}, "way": way, "failure": {**run._asdict(), "step": step, "reason": str(error)}}
-    return {**run._asdict(), "rows": rows, "policy": state_of(policy), "way": way, "failure": None}
+    except (FloatingPointError, LossError) as error:
+        return {**result, "failure": {**run._asdict(), "step": step, "reason": str(error)}}
+    return {**result, "policy": cpu_state_dict(policy)}
 
 
-LOSSES = {"dpo": dpo.dpo_loss, "unlikelihood": dpo.unlikelihood_loss, "preferred_ft": dpo.preferred_ft_loss}
-WATCHED = {"dpo", "ppo", "unlikelihood"}    # whose policies are kept all the way, for figures
+def policy_stages(cfg: Config, settings: dict[str, tuple], losses: dict = {}) -> list[tuple]:
+    """A stage for each policy: methods (or a student's losses) and their settings, every seed."""
+    trained_by = {**METHODS, **{name: (train_on_pairs, loss) for name, loss in losses.items()}}
+    return [(train_policy, Run(method, float(setting), seed), *trained_by[method])
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+            for method, values in settings.items() for setting in values]
 
 
-def sweep(lab: Lab, settings: dict[str, tuple], students: dict[str, tuple[str, Callable]] = {}) -> list[Job]:
-    """The stages of the runs of some methods, each with its settings, for every seed."""
-    cfg, jobs = lab.cfg, []
-    for run in (Run(m, float(x), cfg.seed + i) for i in range(cfg.seeds) for m, xs in settings.items() for x in xs):
-        code, loss = students.get(run.method) or ((dpo if run.method in LOSSES else ppo).__file__, LOSSES.get(run.method))
-        key = key_of(cfg, PAIRS + " lr epochs" + EVALUATION if loss else PPO, source(code, dpo.__file__ if loss else ppo.__file__), run,
-                     getattr(loss, "__name__", ""), run.method in WATCHED, lab.pairs_key * (run.method != "ppo_gt"))
-        jobs.append((f"{run.method}-{run.setting:.12g}-seed{run.seed}", key, partial(train_and_judge, lab, run, loss)))
-    return jobs
+# --------------------------------------------------------------------------------- the experiment
+def train_sweep(setup: Setup) -> list[dict]:
+    """All policies of Section 6. What several of them wait for comes first."""
+    cfg, seeds = setup.cfg, range(setup.cfg.seed, setup.cfg.seed + setup.cfg.seeds)
+    stages = []
+    for seed in seeds:
+        stages += [(reward_model, seed), (initial_values, "ppo_gt", seed, true_score)]
+    stages += policy_stages(cfg, {"ppo_gt": cfg.kl_targets})
+    stages += [(initial_values, "ppo", seed, learned_score) for seed in seeds]
+    stages += policy_stages(cfg, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
+                                  "unlikelihood": cfg.alphas,
+                                  "preferred_ft": tuple(range(cfg.preferred_runs))})
+    values = setup.stages.get_all(setup, stages, report=True)
+    return [value for (function, *_), value in zip(stages, values) if function is train_policy]
 
 
-def study(cfg: Config, stages: Stages, device: str) -> tuple[list[dict], list[dict]]:
-    """DPO once more with one obstacle at a time taken away, each method at a third and at three times its learning rate: rows, failed runs."""
-    rows, failed = [], []
-    for name, (fields, settings) in gap.variants(cfg).items():
-        lab = prepare(dataclasses.replace(cfg, seeds=1, **fields), stages, device)
-        runs = lab.stages.share(sweep(lab, settings), report=True)
-        found = [{"figure": "gap", "variant": name, **row} for run in runs for row in run["rows"] if row["final"]]
-        results.add_shares(found, frontier.optimum(lab, key_of(lab.cfg, OPTIMUM)))
-        rows += found
-        failed += [{"rows": [], "failure": {**run["failure"], "reason": f"{name}: {run['failure']['reason']}"}} for run in runs if run["failure"]]
-    return rows, failed
+def load_baselines(setup: Setup) -> list[dict]:
+    """The policies of Section 6 that are in the folder, trained on pi_ref's pairs."""
+    settings = {method: set() for method in METHODS}
+    for path in setup.stages.folder.glob("train-policy-*.pt"):
+        match = re.fullmatch(r"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-\d+\.\w+\.pt",
+                             path.name)
+        if match and match[1] in settings:
+            settings[match[1]].add(float(match[2]))
+    stages = policy_stages(setup.cfg, {method: sorted(x) for method, x in settings.items()})
+    return setup.stages.load_all(setup._replace(user_pairs=None), stages)
 
 
-# ---------------------------------------------------------------------------------------------------------- the experiment
-def experiment(cfg: Config, out: pathlib.Path, students: dict, own: list[dict], args: argparse.Namespace, device: str) -> int:
-    """Section 6, in its order, as one of several workers. Returns the exit code: 1 where a run failed or a point cannot be."""
-    rank, lab = int(os.environ["RANK"]), prepare(cfg, Stages(out, {}), device, own, args.pairs)
-    optimum = frontier.optimum(lab, key_of(cfg, OPTIMUM))
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    for seed in seeds if not own else []:
-        pairs = label(lab, "train", cfg.prompts, seed)    # made by all workers, written by one
-        path = out / f"preferences-seed{seed}.jsonl"
-        if not rank and not (students and path.exists()):
-            results.describe(path, lab.encoding, pairs, lab.prompts)
-    true = {"ppo_gt": cfg.kl_targets}
-    others = {"ppo": cfg.kl_targets, "dpo": cfg.betas, "unlikelihood": cfg.alphas, "preferred_ft": range(cfg.preferred_runs)}
-    first = [job for s in seeds for job in (reward_model(lab, s), values_of(lab, "ppo_gt", s))]
-    values = [values_of(lab, "ppo", s) for s in seeds]    # after what needs no reward model, so that nobody waits for one
-    jobs = sweep(lab, dict.fromkeys(students, cfg.betas), students) or [*first, *sweep(lab, true), *values, *sweep(lab, others)]
-    done = [value for value in lab.stages.share(jobs, report=True) if "rows" in value]
-    measured, failed = study(cfg, lab.stages._replace(seconds={}), device) if args.study else ([], [])
-    if not students:
-        learned = score_of(lab, "ppo", cfg.seed)    # rounded, so that equal texts tie whatever batch they stand in
-        lab = lab._replace(learned=lambda ids, mask: learned(ids, mask).round(decimals=4))
-        key = key_of(cfg, SFT + EVALUATION, source(*sorted(pathlib.Path(results.__file__).parent.glob("*.py"))), [job[1] for job in jobs])
-        figures = [(f"figure-{name}", key, partial(module.measure, lab, done)) for name, module in results.MEASURED.items()]
-        measured += sum(lab.stages.share(figures), [])
-    if rank:
+def study(setup: Setup) -> tuple[list[dict], list[dict]]:
+    """The rows of plots/gap.py, DPO with one obstacle removed at a time; and its failed runs."""
+    rows, failures = [], []
+    for variant, (fields, settings) in gap.variants(setup.cfg).items():
+        cfg = dataclasses.replace(setup.cfg, seeds=1, **fields)
+        changed = prepare(cfg, Stages(setup.stages.folder, setup.stages.store), setup.device)
+        runs = changed.stages.get_all(changed, policy_stages(cfg, settings), report=True)
+        finished = [{"figure": "gap", "variant": variant, **row}
+                    for run in runs for row in run["rows"] if row["final"]]
+        tables.add_shares(finished, estimate_optimum(changed))
+        rows += finished
+        failures += [{**run["failure"], "reason": f"{variant}: {run['failure']['reason']}"}
+                     for run in runs if run["failure"]]
+    return rows, failures
+
+
+@cached
+def measure_figure(setup: Setup, name: str, measure: Callable, runs: tuple[Run, ...]) -> list[dict]:
+    """The rows of a figure that needs policies: measure(setup, trained runs)."""
+    score = learned_score(setup, setup.cfg.seed)
+
+    def learned_reward(ids: Tensor, mask: Tensor) -> Tensor:
+        return score(ids, mask).round(decimals=4)    # equal texts tie, whatever their batch
+
+    setup = setup._replace(eval_prompts=evaluation_prompts(setup), learned_reward=learned_reward)
+    return measure(setup, [train_policy(setup, run, *METHODS[run.method]) for run in runs])
+
+
+def measure_figures(setup: Setup, runs: list[dict]) -> list[dict]:
+    """The rows of all figures that need policies, those of the first seed."""
+    shown = tuple(Run(run["method"], run["setting"], run["seed"])
+                  for run in runs if run["seed"] == setup.cfg.seed)
+    stages = [(measure_figure, name, figure.measure, shown)
+              for name, figure in figures.FROM_POLICIES.items()]
+    return sum(setup.stages.get_all(setup, stages), [])
+
+
+def export_preferences(setup: Setup, seed: int) -> None:
+    """Write the preferences of a seed as text, and print a summary of them."""
+    pairs = label(setup, "train", setup.cfg.prompts, seed)
+    path = setup.stages.folder / f"preferences-seed{seed}.jsonl"
+    harness.write_jsonl(path, data.export_preferences(setup.encoding, pairs))
+    print(tables.summary_of_preferences(setup.encoding, pairs, evaluation_prompts(setup)),
+          flush=True)
+
+
+def collect_rows(setup: Setup, runs: list[dict], measured: list[dict],
+                 optimum: dict) -> list[dict]:
+    """The rows of results.jsonl: SFT, the runs and Best-of-N, with their shares."""
+    cfg, reference = setup.cfg, evaluate_reference(setup)
+    rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **reference,
+             "seconds": 0.} for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
+    rows += [row for run in runs for row in run["rows"]]
+    for row in measured:
+        if row["figure"] == "best_of_n" and row["setting"] > 1:    # Best-of-1 is SFT
+            rows.append({name: x for name, x in row.items() if name != "figure"})
+    rows = [{**row, "config": dataclasses.asdict(cfg)} for row in rows]
+    methods = list(style(row["method"] for row in rows))
+    rows.sort(key=lambda row: methods.index(row["method"]))
+    tables.add_shares(rows, optimum)
+    return rows
+
+
+def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Config,
+               args: argparse.Namespace, pairs: list[dict]) -> int:
+    """Section 6, in its order, as one of several workers; returns the exit code."""
+    out, losses = pathlib.Path(args.out), harness.load_losses(args.loss, STYLE)
+    setup = prepare(cfg, Stages(out, store), device, pairs, args.pairs)
+    optimum = estimate_optimum(setup)
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        complete(setup, "train", cfg.prompts, seed)    # by all workers
+        if rank == 0 and not pairs and not losses:
+            export_preferences(setup, seed)
+    if losses:
+        runs = setup.stages.get_all(
+            setup, policy_stages(cfg, dict.fromkeys(losses, cfg.betas), losses), report=True)
+        measured, failures = [], []
+    else:
+        runs = train_sweep(setup)
+        measured, failures = study(setup) if args.study else ([], [])
+        measured += measure_figures(setup, runs)
+    if rank > 0:
         return 0
-    if students:    # baselines are drawn if they are there, whatever their settings, and never trained; on pi_ref's pairs
-        jobs = sweep(lab._replace(pairs=None, pairs_key=""), results.trained(out, [*true, *others]))
-        done = [run["value"] for job in jobs if (run := load_stage(lab.stages.path(job)))] + done
-    sft = lab.stages.stage("judge-sft", key_of(cfg, SFT + EVALUATION), partial(frontier.measure, lab, lab.ref, cfg.eval_samples, "sft"))
-    rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **sft, "seconds": 0.} for seed in seeds]
-    return results.publish(out, rows, done + failed, optimum, dataclasses.asdict(cfg), measured, {} if students else lab.stages.seconds)
+    failures += [run["failure"] for run in runs if run["failure"]]
+    measured += figures.earlier_rows(out, optimum, measured)
+    runs = load_baselines(setup) + runs if losses else runs
+    rows = collect_rows(setup, runs, measured, optimum)
+    if not losses:
+        measured = [row for row in measured if row["figure"] != "cost"]
+        measured += cost.compute_costs(rows, optimum, setup.stages.seconds)
+    figures.write_results(out, rows, failures, optimum, measured)
+    figures.draw_all(out)
+    print(tables.report(rows, failures, optimum), f"results and figures are in {out}", sep="\n")
+    return 1 if failures or tables.above_optimum(rows, optimum) else 0
 
 
 def main() -> int:
-    cfg, args = read_flags(sys.argv[1:])
-    device = data.choose_device(args.device)
-    students = {name.rpartition(":")[2]: (name.rpartition(":")[0], dpo.load_loss(name)) for name in args.loss}
-    if len(students) < len(args.loss) or any(name in STYLE or len(name) > 100 for name in students):
-        raise UserError(f"--loss: each needs a short name of its own, and not that of a method that is there: {', '.join(students)}")
-    own = results.read_pairs(args.pairs) if args.pairs is not None else []
-    out = pathlib.Path(f"runs/{args.preset}" if args.out is None else args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if "RANK" not in os.environ:
-        return launch(args.workers or (min(os.cpu_count(), 16) if device == "cpu" else 4))
-    torch.set_num_threads(1)
-    end_with_parent()
-    return experiment(cfg, out, students, own, args, device)
+    """Read the command line and start the workers; returns the exit code."""
+    cfg, args = harness.read_flags(sys.argv[1:], Config, PRESETS, __doc__.splitlines()[0])
+    check_config(cfg)
+    device = harness.choose_device(args.device)
+    harness.load_losses(args.loss, STYLE)    # a bad one is refused before any work
+    pairs = harness.read_pairs(args.pairs) if args.pairs is not None else []
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    workers = args.workers or harness.default_workers(device)
+    return harness.launch(experiment, workers, device, cfg, args, pairs)
 
 
 if __name__ == "__main__":
-    sys.exit(data.answer(main, dpo.LossError))
+    sys.exit(harness.run_program(main))

@@ -1,17 +1,20 @@
-"""The figures: one module each, `measure` what training did not, `draw` from results alone. Shared: names, colours, files."""
+"""The figures, one module each: `measure` what training did not, then `draw` from results alone.
+
+This file has what the figures share: styles, statistics, and the choice of the policies to show.
+"""
 import copy
-import json
 import pathlib
 
 import matplotlib
 import torch
+from torch import Tensor, nn
 
-matplotlib.use("Agg")    # files, never a window
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+matplotlib.use("Agg")    # write files, never open a window
+import matplotlib.pyplot as plt    # noqa: E402 (after the backend is chosen)
 
-SOLID = 50    # effective samples that the optimum must rest on to be trusted, and drawn solid
-HERE = pathlib.Path(__file__).parent
-STYLE = {    # method -> (legend, colour, marker); Okabe and Ito's palette, safe for colour-blind readers
+MIN_ESS = 50    # the optimum is reliable, and drawn solid, from this effective sample size on
+PUBLISHED = pathlib.Path(__file__).parent
+STYLE = {    # method -> label, colour, marker; the palette of Okabe and Ito, safe for colour-blind
     "sft": ("SFT", "#000000", "*"),
     "dpo": ("DPO", "#D55E00", "o"),
     "ppo": ("PPO (learned reward)", "#0072B2", "s"),
@@ -21,31 +24,48 @@ STYLE = {    # method -> (legend, colour, marker); Okabe and Ito's palette, safe
     "best_of_n": ("Best-of-N (learned reward)", "#CC79A7", "p"),
     "best_of_n_gt": ("Best-of-N (true reward)", "#882255", "h"),
 }
-STUDENTS = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"), ("#B22222", "<"), ("#2F4F4F", "8"),
-            ("#66A61E", "d")]
+STUDENT_STYLE = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"),
+                 ("#B22222", "<"), ("#2F4F4F", "8"), ("#66A61E", "d")]    # colour, marker
 
 
 def style(methods) -> dict[str, tuple[str, str, str]]:
-    """Legend, colour and marker of each method: the paper's are always the same, students' losses take the next free ones."""
-    new = sorted(set(methods) - set(STYLE))
-    return {**STYLE, **{name: (name, *STUDENTS[i % len(STUDENTS)]) for i, name in enumerate(new)}}
+    """Label, colour and marker of each method; students' losses take the next free ones."""
+    students = sorted(set(methods) - set(STYLE))
+    extra = {name: (name, *STUDENT_STYLE[i % len(STUDENT_STYLE)])
+             for i, name in enumerate(students)}
+    return {**STYLE, **extra}
 
 
-def load_lines(path: pathlib.Path) -> list[dict]:
-    """A file of one JSON object a line; nothing where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def mean_and_se(x: Tensor) -> tuple[float, float]:
+    """The mean and its standard error, clustered by prompt: (X prompts, n samples) -> two numbers.
+
+    Samples of one prompt are not independent, so the error is that of the prompts' means.
+    """
+    by_prompt = x.cpu().double().mean(1)
+    return by_prompt.mean().item(), (by_prompt.std() / len(by_prompt) ** .5).item()
 
 
-def nearest(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
-    """The finished run of a method, of the first seed, whose KL is nearest to `kl` nats: how figures choose the policy they show."""
-    done = [run for run in runs if run["method"] == method and not run["failure"] and run["seed"] == runs[0]["seed"]]
-    return min(done, key=lambda run: abs(run["rows"][-1]["kl"] - kl), default=None)
+def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each statistic over some steps, and its standard error as NAME_se."""
+    means = {}
+    for name in steps[0]:
+        x = torch.tensor([step[name] for step in steps], dtype=torch.float64)
+        means[name] = x.mean().item()
+        means[f"{name}_se"] = x.std(correction=0).item() / max(len(x) - 1, 1) ** .5
+    return means
 
 
-def policy_of(lab, state: dict) -> torch.nn.Module:
-    """The policy that a run kept, {} for pi_ref."""
-    policy = copy.deepcopy(lab.ref)
-    policy.load_state_dict(state or lab.ref.state_dict())
+def run_nearest_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
+    """The finished run of a method, of the first seed, whose KL is nearest to `kl` nats, if any."""
+    finished = [run for run in runs if run["method"] == method and not run["failure"]
+                and run["seed"] == runs[0]["seed"]]
+    return min(finished, key=lambda run: abs(run["rows"][-1]["kl"] - kl), default=None)
+
+
+def load_policy(setup, state: dict) -> nn.Module:
+    """The policy with these parameters; pi_ref if there are none."""
+    policy = copy.deepcopy(setup.ref)
+    policy.load_state_dict(state or setup.ref.state_dict())
     return policy
 
 

@@ -1,92 +1,158 @@
-"""Fig. 4: Best-of-N, the best of N responses of pi_ref by the learned reward and by the true one: win rate and KL against N.
+"""Fig. 4: Best-of-N by the learned reward and by the true one: win rate and KL against N.
 
-Nothing is trained and nothing is drawn N times: from one pool of responses to a prompt, the winner's distribution is exact. A pool's
-best is below pi_ref's own where N is not small beside the pool: by .1% of the gain at N = 64, .3% at 128.
-Letters: X prompts, M responses in the pool of each, N draws from it.
+Best-of-N samples N responses of pi_ref and keeps the one with the highest reward. It needs no
+training. It needs no repeated draws of N responses either: for draws from one pool of responses to
+a prompt, the distribution of the best is known exactly. The best of a pool is worse than the best
+of pi_ref's own draws if N is not small compared with the pool: by .1% of the gain at N = 64, and by
+.3% at N = 128.
+
+Letters: X prompts, M responses in the pool of each prompt, N draws from a pool.
 """
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from model import respond, score_batches
-from plots import plt, save, style
-from plots.frontier import clustered
+from model import generate, map_batches
+from plots import STYLE, mean_and_se, plt, save
 
-POOL = 512    # responses of pi_ref to each prompt
+POOL = 512    # M, responses of pi_ref to each prompt
 NS = [2 ** i for i in range(8)]    # 1 to 128, as in the paper
 
 
-def best_of_n_log_ratio(score: Tensor, n: int, logp: Tensor | None = None) -> Tensor:
-    """log P_N(y) / P(y) of each pool member: score (..., M), log P (..., M), uniform if None -> (..., M), float64.
+# ---------------------------------------------------------------------------------------- Best-of-N
+def draw_probability(score: Tensor, logp: Tensor | None) -> Tensor:
+    """The probability of each pool member in one draw, float64: exp(logp), or uniform if None."""
+    if logp is None:
+        return score.new_full(score.shape, 1 / score.shape[-1], dtype=torch.float64)
+    return logp.double().exp()
 
-    The best of N draws scores at most s with probability C(s)^N, C the distribution function of one draw. So the members of
-    score s share C(s)^N - (C(s) - q)^N, q their probability in one draw, as they share q: by C^(N-1) (1 - (1 - q/C)^N) / (q/C).
+
+def best_of_n_log_ratio(score: Tensor, n: int, logp: Tensor | None = None) -> Tensor:
+    """log P_N(y) / P(y) of each pool member y: P in one draw, P_N as the best of N draws.
+
+    score (..., M), logp = log P (..., M), uniform if None -> (..., M) float64.
+
+    C(s) is the probability that one draw scores at most s, and q that it scores exactly s. The best
+    of N draws scores at most s with probability C^N, so it scores exactly s with probability
+    C^N - (C - q)^N. Members of equal score share this probability in the same proportions as q.
+    Hence P_N(y) / P(y) = (C^N - (C - q)^N) / q = C^(N-1) (1 - (1 - q/C)^N) / (q/C).
     """
     score = score.double().contiguous()
-    p = torch.full_like(score, 1 / score.shape[-1]) if logp is None else logp.double().exp()
     ranked, order = score.sort(-1)
-    mass = torch.nn.functional.pad(p.gather(-1, order).cumsum(-1), (1, 0))               # (..., M + 1) of the k lowest
-    c = mass.gather(-1, torch.searchsorted(ranked, score, right=True))                   # C(s), ties included
-    part = (1 - mass.gather(-1, torch.searchsorted(ranked, score)) / c).clamp(0, 1)      # q / C; tiny q round to 0, where ...
-    return (n - 1) * c.log() + torch.where(part > 0, -torch.expm1(n * torch.log1p(-part)) / part, n).log()    # ... the limit is N
+    p = draw_probability(score, logp).gather(-1, order)
+    mass = F.pad(p.cumsum(-1), (1, 0))                                       # (..., M + 1)
+    c = mass.gather(-1, torch.searchsorted(ranked, score, right=True))       # C(s), ties included
+    below = mass.gather(-1, torch.searchsorted(ranked, score))               # C(s) - q
+    part = (1 - below / c).clamp(0, 1)                                       # q / C
+    factor = -torch.expm1(n * torch.log1p(-part)) / part
+    factor = torch.where(part > 0, factor, n)    # the limit is N; a tiny q / C is rounded to 0
+    return (n - 1) * c.log() + factor.log()
 
 
 def best_of_n_weights(score: Tensor, n: int, logp: Tensor | None = None) -> Tensor:
-    """The probability of each pool member to be the best of N draws with replacement, ties shared: (..., M) -> (..., M)"""
-    p = 1 / score.shape[-1] if logp is None else logp.double().exp()
-    return p * best_of_n_log_ratio(score, n, logp).exp()
+    """The probability that each pool member is the best of N draws with replacement.
+
+    Equal scores share it. score (..., M), logp (..., M) as above -> (..., M) float64, with sum 1.
+    """
+    return draw_probability(score, logp) * best_of_n_log_ratio(score, n, logp).exp()
 
 
 def best_of_n_kl(score: Tensor, n: int, logp: Tensor | None = None) -> Tensor:
-    """KL(best of N || one draw), nats: (..., M) -> (...). At most `kl_bound`, and that much where M >> N and scores differ."""
-    return (best_of_n_weights(score, n, logp) * best_of_n_log_ratio(score, n, logp)).sum(-1).clamp(min=0)    # rounding at N = 1
+    """KL(best of N draws || one draw), nats: score (..., M), logp (..., M) -> (...).
+
+    It is at most `kl_bound`. It is equal to the bound in the limit M >> N if no scores are equal.
+    """
+    log_ratio = best_of_n_log_ratio(score, n, logp)
+    kl = (best_of_n_weights(score, n, logp) * log_ratio).sum(-1)
+    return kl.clamp(min=0)    # rounding can make it negative at N = 1
 
 
 def kl_bound(n: int) -> float:
-    """log N - (N - 1) / N, whatever the score"""
+    """The bound log N - (N - 1) / N on the KL of Best-of-N, nats, for every score."""
     return math.log(n) - (n - 1) / n
 
 
-def measure(lab, _) -> list[dict]:
-    """Rows as in results.jsonl, `setting` being N, with the win rate against the review that each prompt begins."""
-    cfg, prompts = lab.cfg, len(lab.prompts[0])
-    generator = data.torch_rng("best of n", cfg.seed, device=lab.device)
-    ids, mask = respond(lab.ref, lab.prompts, POOL, cfg.max_tokens, lab.encoding.eot_token, generator)
-    scores = score_batches(lab.learned, ids, mask), lab.reward(ids, mask), mask.sum(1)
-    learned, true, length = (x.cpu().view(prompts, -1) for x in scores)
-    review = torch.tensor([data.sentiment(text) for text in lab.corpus[cfg.split][:prompts]])[:, None]    # (X, 1)
-    means = {"reward": true, "win_rate": (true > review) + .5 * (true == review), "length": length}    # of each response, (X, M)
+# ------------------------------------------------------------------------------------------ measure
+def sample_pools(setup) -> dict[str, Tensor]:
+    """Sample a pool of responses to each evaluation prompt; values of each, (X, M) on the CPU.
+
+    `reward` is the true reward and `learned_reward` the learned one. `win_rate` is 1 for a win
+    against the review that the prompt begins, .5 for a tie, 0 for a loss. `length` is in tokens.
+    """
+    cfg, X = setup.cfg, len(setup.eval_prompts[0])
+    generator = data.torch_rng("best of n", cfg.seed, device=setup.device)
+    ids, mask = generate(setup.ref, setup.eval_prompts, POOL, cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
+    learned_reward = map_batches(setup.learned_reward, ids, mask).cpu().view(X, -1)
+    reward = data.true_reward(setup.encoding, ids, mask).cpu().view(X, -1)
+    reviews = setup.corpus[cfg.split][:X]
+    review_reward = torch.tensor([data.sentiment(text) for text in reviews])[:, None]    # (X, 1)
+    return {"learned_reward": learned_reward, "reward": reward,
+            "win_rate": (reward > review_reward) + .5 * (reward == review_reward),
+            "length": mask.sum(1).cpu().view(X, -1)}
+
+
+def best_of_n_row(pools: dict[str, Tensor], method: str, score: Tensor, n: int, seed: int) -> dict:
+    """The row of Best-of-N by a score (X, M); means and errors are over the prompts."""
+    weights = best_of_n_weights(score, n)    # (X, M)
+
+    def expectation(values: Tensor) -> tuple[float, float]:
+        return mean_and_se((weights * values).sum(1, keepdim=True))
+
+    reward, reward_se = expectation(pools["reward"])
+    win_rate, win_rate_se = expectation(pools["win_rate"])
+    length, _ = expectation(pools["length"])
+    kl, kl_se = mean_and_se(best_of_n_kl(score, n)[:, None])
+    return {"figure": "best_of_n", "method": method, "setting": float(n), "seed": seed, "step": 0,
+            "final": True, "reward": reward, "reward_se": reward_se, "win_rate": win_rate,
+            "win_rate_se": win_rate_se, "length": length, "kl": kl, "kl_se": kl_se,
+            "kl_bound": kl_bound(n), "seconds": 0.}
+
+
+def measure(setup, _) -> list[dict]:
+    """A row for each reward and N, with the columns of results.jsonl; `setting` is N.
+
+    The trained runs are not needed.
+    """
+    pools = sample_pools(setup)
+    scores = {"best_of_n": pools["learned_reward"], "best_of_n_gt": pools["reward"]}
     rows = []
-    for method, score in (("best_of_n", learned), ("best_of_n_gt", true)):
-        for n in NS:
-            weight = best_of_n_weights(score, n)                                         # (X, M), rows sum to 1
-            at = {name: clustered((weight * x).sum(1, keepdim=True)) for name, x in means.items()}
-            at["kl"] = clustered(best_of_n_kl(score, n)[:, None])
-            row = {"figure": "best_of_n", "method": method, "setting": float(n), "seed": cfg.seed, "step": 0, "final": True}
-            for name, (mean, se) in at.items():
-                row.update({name: mean} if name == "length" else {name: mean, name + "_se": se})
-            rows.append({**row, "kl_bound": kl_bound(n), "seconds": 0.})
+    for method, score in scores.items():
+        rows += [best_of_n_row(pools, method, score, n, setup.cfg.seed) for n in NS]
     return rows
 
 
+# --------------------------------------------------------------------------------------------- draw
+def draw_curve(axis, rows: list[dict], name: str, shift: float, line: str, size: float) -> None:
+    """One column of a method's rows against N, with error bars; x is multiplied by `shift`."""
+    label, colour, marker = STYLE[rows[0]["method"]]
+    axis.errorbar([row["setting"] * shift for row in rows], [row[name] for row in rows],
+                  [row[name + "_se"] for row in rows], fmt=marker + line, color=colour, ms=size,
+                  mec="white", mew=.7, elinewidth=1, capsize=3, label=label)
+
+
 def draw(rows: list[dict], path) -> None:
+    """Left: win rate against N. Right: KL against N, and its bound."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
     bound = sorted({(row["setting"], row["kl_bound"]) for row in rows})
-    right.plot(*zip(*bound), color="0.25", lw=1.5, label="bound: log N \u2212 (N \u2212 1)/N")
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):    # side by side, or one inside the other where equal
-        label, colour, marker = style([method])[method]
-        mine = [row for row in rows if row["method"] == method]
-        for axis, name, shift, line, size in ((left, "win_rate", 1.03 ** (2 * i - 1), "-", 8), (right, "kl", 1., "", 12 - 5 * i)):
-            axis.errorbar([row["setting"] * shift for row in mine], [row[name] for row in mine], [row[name + "_se"] for row in mine],
-                          fmt=marker + line, color=colour, ms=size, mec="white", mew=.7, elinewidth=1, capsize=3, label=label)
+    ns = [n for n, _ in bound]
+    right.plot(ns, [kl for _, kl in bound], color="0.25", lw=1.5,
+               label="bound: log N \u2212 (N \u2212 1)/N")
+    methods = dict.fromkeys(row["method"] for row in rows)    # in the order of the rows
+    for i, method in enumerate(methods):
+        curve = [row for row in rows if row["method"] == method]
+        draw_curve(left, curve, "win_rate", shift=1.03 ** (2 * i - 1), line="-", size=8)
+        draw_curve(right, curve, "kl", shift=1., line="", size=12 - 5 * i)    # nested if equal
     left.axhline(.5, color="0.6", lw=1)
-    for axis, name in ((left, "win rate against the review itself"), (right, "KL(Best-of-N \u2016 \u03c0_ref), nats")):
+    left.set_ylabel("win rate against the review itself", fontsize=12)
+    right.set_ylabel("KL(Best-of-N \u2016 \u03c0_ref), nats", fontsize=12)
+    for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.set_xticks([n for n, _ in bound], [f"{n:g}" for n, _ in bound])
+        axis.set_xticks(ns, [f"{n:g}" for n in ns])
         axis.set_xlabel("N, responses to choose from", fontsize=12)
-        axis.set_ylabel(name, fontsize=12)
         axis.grid(alpha=.25)
     right.legend(loc="upper left", fontsize=11)
     save(figure, path)

@@ -1,84 +1,152 @@
-"""Simpler, cheaper, stabler? Seconds until a policy has 80% of the optimal gain at KL 2, everything before it charged.
+"""The cost of each method: seconds until a policy has 80% of the optimal gain at KL 2.
 
-Of a method's runs the one with the least training counts, at the first of its (noisy) evaluations that is good enough and whose next is too.
+Everything that a policy needs before its own training is included. A method and seed is represented
+by its run with the fewest training steps. Evaluations are noisy, so the goal is reached at the
+first evaluation that is good enough and is followed by another good one.
 """
 import re
 
 import dpo
 from plots import STYLE, plt, save
 
-KL, SHARE = 2., .8
-CHARGED = {    # parts of a pipeline that come before a policy's own training -> beginning of the stages' names
-    "SFT": "sft", "sampling and labelling": "completions-train", "reward model": "reward-model", "values": "values-{method}-"}
+KL, SHARE = 2., .8    # the goal: this share of the optimal gain at this KL, nats
+COMPONENTS = {    # what a method needs before its training -> pattern of the names of its stages
+    "SFT": r"train-reference",
+    "sampling and labelling": r"complete-part-train-\d+-{seed}-\d+",
+    "reward model": r"reward-model-{seed}",
+    "values": r"initial-values-{method}-{seed}",
+}
+SHADES = dict(zip(COMPONENTS, ("0.85", "0.7", "0.5", "0.3")))
 ON_PAIRS = ["SFT", "sampling and labelling"]
-PIPELINES = {"dpo": ON_PAIRS, "ppo": list(CHARGED), "ppo_gt": [*ON_PAIRS, "values"], "unlikelihood": ON_PAIRS, "preferred_ft": ON_PAIRS}
+PIPELINES = {    # method -> its components
+    "dpo": ON_PAIRS,
+    "ppo": list(COMPONENTS),
+    "ppo_gt": [*ON_PAIRS, "values"],
+    "unlikelihood": ON_PAIRS,
+    "preferred_ft": ON_PAIRS,
+}
+TOTAL = [f"{component}_seconds" for component in COMPONENTS] + ["training_seconds"]    # columns
 
 
-def arrivals(rows: list[dict], optimum: dict) -> list[dict]:
-    """For each run the first evaluation that has the reward of 80% of the optimal gain at KL 2, and 80% of the gain at its own KL.
+# ------------------------------------------------------------------------------ the first success
+def run_key(row: dict) -> tuple:
+    """The run that a row belongs to."""
+    return row["method"], row["setting"], row["seed"]
 
-    The second condition keeps out who buys the reward with more KL than it is worth. The next evaluation must do as well, unless
-    this is the finished policy's: the best of several noisy ones is better than the policy.
+
+def first_success(rows: list[dict], optimum: dict) -> list[dict]:
+    """The first evaluation of each run that reaches the goal; runs that never do are left out.
+
+    The goal has two conditions: the reward of 80% of the optimal gain at KL 2, and 80% of the
+    optimal gain at the policy's own KL. The second one excludes rewards that cost more KL than
+    they are worth. The next evaluation must meet both conditions too, because the best of several
+    noisy evaluations is better than its policy. A finished policy needs no next evaluation.
     """
-    enough = optimum["ref_reward"] + SHARE * (dpo.optimal_reward(KL, optimum)[0] - optimum["ref_reward"])
-    runs, found = {}, []
+    optimal, *_ = dpo.optimal_reward(KL, optimum)
+    min_reward = optimum["ref_reward"] + SHARE * (optimal - optimum["ref_reward"])
 
-    def good(row: dict) -> bool:
-        return row["share"] is not None and row["share"] >= SHARE and row["reward"] >= enough
+    def reaches_goal(row: dict) -> bool:
+        return row["share"] is not None and row["share"] >= SHARE and row["reward"] >= min_reward
 
+    runs = {}
     for row in sorted(rows, key=lambda row: row["step"]):
-        runs.setdefault((row["method"], row["setting"], row["seed"]), []).append(row)
-    for mine in runs.values():
-        found += [row for row, after in zip(mine, mine[1:] + [r for r in mine[-1:] if r["final"]]) if good(row) and good(after)][:1]
+        runs.setdefault(run_key(row), []).append(row)
+    found = []
+    for run in runs.values():
+        next_rows = run[1:]
+        if run[-1]["final"]:
+            next_rows = next_rows + [run[-1]]
+        successes = [row for row, next_row in zip(run, next_rows)
+                     if reaches_goal(row) and reaches_goal(next_row)]
+        found += successes[:1]
     return found
 
 
-def tokens(rows: list[dict], until: dict, name: str) -> float:
-    """Tokens of a run up to an evaluation: its rows hold means over the steps since the row before."""
-    mine = sorted((r for r in rows if all(r[x] == until[x] for x in ("method", "setting", "seed")) and r["step"] <= until["step"]),
-                  key=lambda r: r["step"])
-    return sum(r.get(name, 0.) * (r["step"] - before) for r, before in zip(mine, [0] + [r["step"] for r in mine]))
+# ---------------------------------------------------------------------------------------- the costs
+def component_seconds(component: str, method: str, seed: int, seconds: dict[str, float]) -> float:
+    """The seconds of all stages of a component of a method's pipeline, for one seed."""
+    pattern = COMPONENTS[component].format(method=method, seed=seed)
+    return sum(s for name, s in seconds.items() if re.fullmatch(pattern, name))
 
 
-def reckon(rows: list[dict], optimum: dict, seconds: dict[str, float]) -> list[dict]:
-    """For each method and seed the cheapest run that arrives, with the seconds (one thread) of each part; or that none does."""
-    arrived, found = arrivals(rows, optimum), []
-    for method, seed in sorted({(row["method"], row["seed"]) for row in rows if row["method"] in PIPELINES}):
-        mine = [row for row in arrived if (row["method"], row["seed"]) == (method, seed)]
-        row = min(mine, key=lambda row: (row["step"], row["setting"]), default=None)
-        shared = {part: sum(s for name, s in seconds.items() if name.startswith(CHARGED[part].format(method=method))
-                            and re.search(rf"-seed{seed}(-|$)|^sft$", name)) for part in PIPELINES[method]}
-        found.append({"figure": "cost", "method": method, "seed": seed, "arrived": row is not None, **{f"{part}_seconds": s for part, s in shared.items()},
-                      "settings_that_arrive": sorted({row["setting"] for row in mine})})
-        if row:
-            found[-1] |= {"setting": row["setting"], "training_seconds": row["seconds"], "kl": row["kl"], "reward": row["reward"],
-                          "sampled_tokens": tokens(rows, row, "sampled_tokens"), "trained_tokens": tokens(rows, row, "trained_tokens")}
-    return found
+def tokens_until(rows: list[dict], evaluation: dict, name: str) -> float:
+    """The tokens of a run up to one of its evaluations; `name` is the column that counts them.
+
+    A row holds the mean over the steps since the row before.
+    """
+    run = [row for row in rows
+           if run_key(row) == run_key(evaluation) and row["step"] <= evaluation["step"]]
+    run.sort(key=lambda row: row["step"])
+    previous_steps = [0] + [row["step"] for row in run]
+    return sum(row.get(name, 0.) * (row["step"] - previous_step)
+               for row, previous_step in zip(run, previous_steps))
+
+
+def compute_costs(rows: list[dict], optimum: dict, seconds: dict[str, float]) -> list[dict]:
+    """The rows of the figure: for each method and seed the cheapest run that reaches the goal.
+
+    `rows` are those of results.jsonl. `seconds` maps the name of a stage to the seconds of one
+    thread that it took. A row has the seconds of each component of the pipeline. If no run reaches
+    the goal, `arrived` is False, and the columns of a run are missing.
+    """
+    successes = first_success(rows, optimum)
+    costs = []
+    pipelines = {(row["method"], row["seed"]) for row in rows if row["method"] in PIPELINES}
+    for method, seed in sorted(pipelines):
+        candidates = [row for row in successes if (row["method"], row["seed"]) == (method, seed)]
+        cost = {"figure": "cost", "method": method, "seed": seed, "arrived": bool(candidates)}
+        for component in PIPELINES[method]:
+            cost[f"{component}_seconds"] = component_seconds(component, method, seed, seconds)
+        cost["settings_that_arrive"] = sorted({row["setting"] for row in candidates})
+        if candidates:
+            cheapest = min(candidates, key=lambda row: (row["step"], row["setting"]))
+            cost.update(setting=cheapest["setting"], training_seconds=cheapest["seconds"],
+                        kl=cheapest["kl"], reward=cheapest["reward"],
+                        sampled_tokens=tokens_until(rows, cheapest, "sampled_tokens"),
+                        trained_tokens=tokens_until(rows, cheapest, "trained_tokens"))
+        costs.append(cost)
+    return costs
+
+
+# --------------------------------------------------------------------------------------- the figure
+def draw_method(axis, y: int, rows: list[dict]) -> None:
+    """Draw the bar of one method at height `y`, from its rows of all seeds, and label it.
+
+    Each component has its shade; widths are means over the seeds that reach the goal. If there are
+    none, a text replaces the bar.
+    """
+    colour = STYLE[rows[0]["method"]][1]
+    colours = [*SHADES.values(), colour]
+    arrived = [row for row in rows if row["arrived"]]
+    text, end = "does not get there", 0.
+    if arrived:
+        for column, shade in zip(TOTAL, colours):
+            width = sum(row.get(column, 0.) for row in arrived) / len(arrived)
+            axis.barh(y, width, left=end, color=shade, height=.6)
+            end += width
+        totals = [sum(row.get(column, 0.) for column in TOTAL) for row in arrived]
+        spread = ""
+        if len(rows) > 1:
+            spread = (f" ({min(totals):.0f}-{max(totals):.0f}, "
+                      f"{len(arrived)} of {len(rows)} seeds)")
+        kl = sum(row["kl"] for row in arrived) / len(arrived)
+        text = f"{sum(totals) / len(totals):.0f} s{spread}, at KL {kl:.1f}"
+    axis.annotate(text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=11)
 
 
 def draw(rows: list[dict], path) -> None:
-    """Bars of seconds, a part of the pipeline a shade, mean over seeds; a method that does not arrive has a word instead of a bar."""
+    """Draw one bar of seconds for each method, the components in shades of grey."""
     figure, axis = plt.subplots(figsize=(8, 4.2))
-    methods = [m for m in STYLE if any(row["method"] == m for row in rows)]
-    parts = [f"{part}_seconds" for part in CHARGED] + ["training_seconds"]
-    shades = dict(zip(parts, ["0.85", "0.7", "0.5", "0.3"]))
-    for y, method in enumerate(reversed(methods)):
-        mine, left = [row for row in rows if row["method"] == method and row["arrived"]], 0.
-        for part in parts if mine else []:
-            width = sum(row.get(part, 0.) for row in mine) / len(mine)
-            axis.barh(y, width, left=left, color=shades.get(part, STYLE[method][1]), height=.6)
-            left += width
-        total = [sum(row.get(part, 0.) for part in parts) for row in mine]
-        tried = sum(row["method"] == method for row in rows)
-        spread = f" ({min(total):.0f}-{max(total):.0f}, {len(total)} of {tried} seeds)" if tried > 1 and total else ""
-        kl = sum(row["kl"] for row in mine) / max(len(mine), 1)
-        axis.annotate(f"{sum(total) / len(total):.0f} s{spread}, at KL {kl:.1f}" if mine else "does not get there", (left, y), (5, 0),
-                      textcoords="offset points", va="center", fontsize=11)
-    axis.set_yticks(range(len(methods)), [STYLE[m][0] for m in reversed(methods)], fontsize=11)
-    for part in parts[:-1]:
-        axis.barh(0, 0, color=shades[part], label=part.removesuffix("_seconds"))
+    methods = [method for method in STYLE if any(row["method"] == method for row in rows)]
+    methods.reverse()    # bars are placed from bottom to top
+    for y, method in enumerate(methods):
+        draw_method(axis, y, [row for row in rows if row["method"] == method])
+    axis.set_yticks(range(len(methods)), [STYLE[method][0] for method in methods], fontsize=11)
+    for component, shade in SHADES.items():
+        axis.barh(0, 0, color=shade, label=component)
     axis.barh(0, 0, color="0.15", label="training of the policy (in its colour)")
     axis.set(xlim=(0, max(axis.get_xlim()[1] * 2, 1)), ylim=(-.6, len(methods) - .4))
-    axis.set_xlabel(f"seconds of one thread to {SHARE:.0%} of the optimal gain at KL {KL:g}", fontsize=12)
+    axis.set_xlabel(f"seconds of one thread to {SHARE:.0%} of the optimal gain at KL {KL:g}",
+                    fontsize=12)
     axis.legend(fontsize=10, loc="lower right")
     save(figure, path)

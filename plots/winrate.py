@@ -1,116 +1,193 @@
-"""Fig. 2, right, and Fig. 3: win rate against the reviews' own continuations, over sampling temperature and over DPO's training.
+"""Fig. 2, right, and Fig. 3: win rate against sampling temperature, and over the training of DPO.
 
-A response's opponent is the review from which its prompt was cut; the true reward judges, a tie counts half. Policies are those
-nearest to 2 nats of KL at temperature 1. The paper (TL;DR, judged by GPT-4): DPO wins 61% at temperature 0, PPO 57% at its best,
-which is 0 too, and PPO falls to the level of the model before SFT as the temperature rises; DPO does not.
+The opponent of a response is the review whose beginning is the prompt. The higher true reward wins,
+and a tie counts half. Each method is represented by its policy whose KL at temperature 1 is nearest
+to 2 nats. The paper (TL;DR, evaluated by GPT-4): DPO wins 61% at temperature 0; PPO wins 57% at its
+best temperature, which is also 0. As the temperature rises, PPO falls to the level of the model
+before SFT, and DPO does not.
 
-At temperature 0 a policy says nearly the same whatever the prompt, since openings are neutral: its win rate is that of one text,
-good or bad by luck, and the standard error over prompts does not know that. `distinct` counts the different rewards; points that
-rest on fewer than FEW are drawn hollow.
+At temperature 0 a policy writes nearly the same text for all prompts, because the openings are
+neutral. Its win rate is then that of one text, which is good or bad by luck, and the standard error
+over prompts does not contain this luck. `distinct` counts the different rewards of the responses.
+Points with fewer than MIN_DISTINCT are hollow.
 """
 import torch
 from torch import Tensor
 
 import data
-from model import GPT, respond, score_batches
-from plots import nearest, plt, policy_of, save, style
-from plots.frontier import clustered
+from model import GPT, generate, map_batches
+from plots import STYLE, load_policy, mean_and_se, plt, run_nearest_kl, save
 
-METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # shown beside pi_ref
+METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # compared with pi_ref and with Best-of-N
 TEMPERATURES = 0., .25, .5, .75, 1.
-ON_THE_WAY = {.25: "-", 1.: "--"}                   # temperatures of the right panel, and their lines
-SAMPLES = 4                                         # responses to a prompt; temperature 0 has only one
-BEST_OF = 16
-FEW = 10
+CHECKPOINT_LINES = {.25: "-", 1.: "--"}    # temperature -> line style, right panel
+SAMPLES = 4         # responses to each prompt; one at temperature 0, where all are equal
+BEST_OF = 16        # N of Best-of-N
+MIN_DISTINCT = 10
 
 
-def win_probability(reward: Tensor, rival: Tensor) -> Tensor:
-    """P(win) + P(tie) / 2 at each prompt: rewards of n responses (N, n), of the opponent's one or m (N,) or (N, m) -> (N,) float64."""
-    assert reward.dtype == rival.dtype and len(reward) == len(rival), "equal rewards are ties only in the same precision"
-    a, b = reward.cpu()[:, :, None], rival.cpu().reshape(len(rival), 1, -1)
-    return ((a > b).double() + .5 * (a == b).double()).mean((1, 2))
+def win_probability(reward: Tensor, opponent_reward: Tensor) -> Tensor:
+    """P(win) + P(tie) / 2 at each of N prompts, over all pairs of a response and an opponent.
+
+    reward (N, n) of n responses; opponent_reward (N, m) of m opponents, or (N,) of one
+    -> (N,) float64.
+    """
+    assert reward.dtype == opponent_reward.dtype, "ties need the same precision on both sides"
+    assert len(reward) == len(opponent_reward), "each prompt needs opponents"
+    r = reward.cpu()[:, :, None]                                             # (N, n, 1)
+    r_opponent = opponent_reward.cpu().reshape(len(reward), 1, -1)           # (N, 1, m)
+    wins = (r > r_opponent).double() + .5 * (r == r_opponent).double()       # (N, n, m)
+    return wins.mean((1, 2))
 
 
-def challenge(lab, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The beginnings of reviews as prompts, and the true rewards of the reviews themselves: ((N, PROMPT), (N,)), (N,)."""
-    prompts = data.make_prompts(lab.encoding, texts, data.rng("winrate", lab.cfg.seed))
-    return tuple(p.to(lab.device) for p in prompts), torch.tensor([data.sentiment(text) for text in texts], device=lab.device)
+def review_prompts(setup, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The beginnings of N reviews as prompts, and the true rewards of the reviews themselves.
+
+    -> (ids (N, P), lengths (N,)), rewards (N,), all on the device.
+    """
+    ids, lengths = data.make_prompts(setup.encoding, texts, data.rng("winrate", setup.cfg.seed))
+    reward = torch.tensor([data.sentiment(text) for text in texts], device=setup.device)
+    return (ids.to(setup.device), lengths.to(setup.device)), reward
 
 
-def shown(lab, runs: list[dict]) -> list[tuple[str, float, GPT]]:
-    """Method, setting and policy of pi_ref and of the run that stands for each method."""
-    chosen = [run for run in (nearest(runs, method) for method in METHODS) if run]
-    return [("sft", 0., lab.ref)] + [(run["method"], run["setting"], policy_of(lab, run["policy"])) for run in chosen]
+def policies_to_compare(setup, runs: list[dict]) -> list[tuple[str, float, GPT]]:
+    """Method, setting and policy of pi_ref and of the run that represents each method."""
+    policies = [("sft", 0., setup.ref)]
+    for method in METHODS:
+        run = run_nearest_kl(runs, method)
+        if run:
+            policies.append((method, run["setting"], load_policy(setup, run["policy"])))
+    return policies
 
 
-def respond_at(lab, policy: GPT, prompts: tuple[Tensor, Tensor], count: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """`respond` with the same random numbers for every policy: differences between them are less noisy than each of them."""
-    generator = data.torch_rng("winrate", lab.cfg.seed, temperature, device=lab.device)
-    return respond(policy, prompts, count, lab.cfg.max_tokens, lab.encoding.eot_token, generator, temperature)
+def generate_responses(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
+                       temperature: float) -> tuple[Tensor, Tensor]:
+    """`samples` responses to each of N prompts, but one at temperature 0 -> ids and mask.
+
+    All policies use the same random numbers. This makes the differences between policies less noisy
+    than their win rates.
+    """
+    count = samples if temperature > 0 else 1
+    generator = data.torch_rng("winrate", setup.cfg.seed, temperature, device=setup.device)
+    return generate(policy, prompts, count, setup.cfg.max_tokens, setup.encoding.eot_token,
+                    generator, temperature)
 
 
-def rewards_at(lab, policy: GPT, prompts: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+def rewards_at(setup, policy: GPT, prompts: tuple[Tensor, Tensor], temperature: float) -> Tensor:
     """True rewards of a policy's responses: (N, SAMPLES), or (N, 1) at temperature 0."""
-    return lab.reward(*respond_at(lab, policy, prompts, SAMPLES if temperature else 1, temperature)).view(len(prompts[0]), -1)
+    ids, mask = generate_responses(setup, policy, prompts, SAMPLES, temperature)
+    return data.true_reward(setup.encoding, ids, mask).view(len(prompts[0]), -1)
 
 
-def best_rewards(lab, prompts: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-    """True reward of the one of BEST_OF responses of pi_ref that the learned reward likes best: (N, 1). Argmax at temperature 0."""
-    ids, mask = respond_at(lab, lab.ref, prompts, BEST_OF if temperature else 1, temperature)
-    score = score_batches(lab.learned, ids, mask).view(len(prompts[0]), -1)
-    best = score.argmax(1) + score.shape[1] * torch.arange(len(score), device=score.device)
-    return lab.reward(ids[best], mask[best])[:, None]
+def best_rewards(setup, prompts: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+    """True rewards of Best-of-N's response to each prompt: (N, 1).
+
+    Its response is the one of BEST_OF responses of pi_ref whose learned reward is highest. At
+    temperature 0 it is the only response.
+    """
+    ids, mask = generate_responses(setup, setup.ref, prompts, BEST_OF, temperature)
+    score = map_batches(setup.learned_reward, ids, mask).view(len(prompts[0]), -1)
+    first_row = score.shape[1] * torch.arange(len(score), device=score.device)
+    best = score.argmax(1) + first_row
+    return data.true_reward(setup.encoding, ids[best], mask[best])[:, None]
 
 
-def measure(lab, runs: list[dict]) -> list[dict]:
-    """A row a policy and temperature; `step` is None for finished policies, of the right panel's otherwise."""
-    prompts, rival = challenge(lab, lab.corpus[lab.cfg.split][:4 * lab.cfg.eval_prompts])
-
-    def row(method: str, setting: float, temperature: float, step: int | None, reward: Tensor) -> dict:
-        rate, se = clustered(win_probability(reward, rival)[:, None])
-        return {"figure": "winrate", "method": method, "setting": setting, "temperature": temperature, "step": step,
-                "win_rate": rate, "win_rate_se": se, "distinct": len(reward.unique())}
-
-    rows = [row(method, setting, t, None, rewards_at(lab, policy, prompts, t))
-            for method, setting, policy in shown(lab, runs) for t in TEMPERATURES]
-    rows += [row("best_of_n", float(BEST_OF), t, None, best_rewards(lab, prompts, t)) for t in TEMPERATURES]
-    run = nearest(runs, "dpo") or {"way": []}
-    return rows + [row("dpo", run["setting"], t, step, rewards_at(lab, policy_of(lab, state), prompts, t))
-                   for step, state in run["way"] for t in ON_THE_WAY]
+def win_rate_row(method: str, setting: float, temperature: float, step: int | None,
+                 reward: Tensor, review_reward: Tensor) -> dict:
+    """The row of a policy, from the rewards of its responses (N, n) and of the reviews (N,)."""
+    win_rate, win_rate_se = mean_and_se(win_probability(reward, review_reward)[:, None])
+    return {"figure": "winrate", "method": method, "setting": setting, "temperature": temperature,
+            "step": step, "win_rate": win_rate, "win_rate_se": win_rate_se,
+            "distinct": len(reward.unique())}
 
 
-def draw_marks(axis, rows: list[dict], x: list[float], look: tuple[str, str, str], size: float) -> None:
-    """Error bars and marks of some rows, hollow where they rest on few different responses."""
-    for r, where in zip(rows, x):
-        axis.errorbar([where], [r["win_rate"]], [r["win_rate_se"]], fmt=look[2], color=look[1], ms=size, mew=1.3, elinewidth=1.2,
-                      mfc="white" if r["distinct"] < FEW else look[1], mec=look[1] if r["distinct"] < FEW else "white")
+def measure(setup, runs: list[dict]) -> list[dict]:
+    """A row for each policy and temperature.
+
+    `step` is None for finished policies (left panel), and the step of a checkpoint of DPO (right
+    panel).
+    """
+    texts = setup.corpus[setup.cfg.split][:4 * setup.cfg.eval_prompts]
+    prompts, review_reward = review_prompts(setup, texts)
+    rows = []
+    for method, setting, policy in policies_to_compare(setup, runs):
+        for temperature in TEMPERATURES:
+            reward = rewards_at(setup, policy, prompts, temperature)
+            rows.append(win_rate_row(method, setting, temperature, None, reward, review_reward))
+    for temperature in TEMPERATURES:
+        reward = best_rewards(setup, prompts, temperature)
+        rows.append(win_rate_row("best_of_n", float(BEST_OF), temperature, None, reward,
+                                 review_reward))
+    dpo_run = run_nearest_kl(runs, "dpo")
+    checkpoints = dpo_run["checkpoints"] if dpo_run else []
+    for step, state in checkpoints:
+        policy = load_policy(setup, state)
+        for temperature in CHECKPOINT_LINES:
+            reward = rewards_at(setup, policy, prompts, temperature)
+            rows.append(win_rate_row("dpo", dpo_run["setting"], temperature, step, reward,
+                                     review_reward))
+    return rows
+
+
+def draw_points(axis, rows: list[dict], x: list[float], colour: str, marker: str,
+                size: float) -> None:
+    """Markers with error bars at x; hollow for rows with few different rewards."""
+    for row, position in zip(rows, x):
+        fill, edge = colour, "white"
+        if row["distinct"] < MIN_DISTINCT:
+            fill, edge = "white", colour
+        axis.errorbar([position], [row["win_rate"]], [row["win_rate_se"]], fmt=marker,
+                      color=colour, ms=size, mew=1.3, elinewidth=1.2, mfc=fill, mec=edge)
+
+
+def draw_temperatures(axis, rows: list[dict]) -> None:
+    """Win rate against temperature: a curve for each method."""
+    measured = {row["method"] for row in rows}
+    methods = [method for method in STYLE if method in measured]
+    for i, method in enumerate(methods):
+        label, colour, marker = STYLE[method]
+        curve = [row for row in rows if row["method"] == method]
+        x = [row["temperature"] + .012 * (i - 2.5) for row in curve]    # methods do not overlap
+        axis.plot(x, [row["win_rate"] for row in curve], "-", color=colour, lw=1.6)
+        draw_points(axis, curve, x, colour, marker, size=11 if method == "sft" else 8)
+        axis.plot([], [], marker + "-", color=colour, ms=8, label=label)
+    axis.plot([], [], "o", color="0.4", mfc="white", ms=8,
+              label="hollow: nearly one text for all prompts")
+    axis.set(xticks=TEMPERATURES, ylim=(-.02, 1.02))
+    axis.set_xlabel("sampling temperature", fontsize=14)
+    axis.set_ylabel("win rate against the review itself", fontsize=14)
+
+
+def draw_training(axis, finished: list[dict], checkpoints: list[dict]) -> None:
+    """Win rate over the steps of DPO: a curve from SFT on for each temperature."""
+    _, colour, marker = STYLE["dpo"]
+    for temperature, line in CHECKPOINT_LINES.items():
+        curve = [row for row in checkpoints if row["temperature"] == temperature]
+        if curve:
+            sft = [row for row in finished
+                   if row["method"] == "sft" and row["temperature"] == temperature]
+            curve = [{**row, "step": 0} for row in sft] + curve
+        x = [row["step"] for row in curve]
+        axis.plot(x, [row["win_rate"] for row in curve], line, color=colour, lw=1.6,
+                  label=f"DPO, temperature {temperature:g}")
+        axis.fill_between(x, [row["win_rate"] - row["win_rate_se"] for row in curve],
+                          [row["win_rate"] + row["win_rate_se"] for row in curve], color=colour,
+                          alpha=.15, lw=0)
+        draw_points(axis, curve, x, colour, marker, size=8)
+    axis.set_xlabel("steps of DPO (0: SFT)", fontsize=14)
 
 
 def draw(rows: list[dict], path) -> None:
+    """Left: finished policies at all temperatures. Right: DPO's checkpoints at two of them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.4), sharey=True)
-    finished, on_way = [r for r in rows if r["step"] is None], [r for r in rows if r["step"] is not None]
-    there = {r["method"] for r in finished}
-    for i, (method, look) in enumerate((m, s) for m, s in style(there).items() if m in there):
-        mine = [r for r in finished if r["method"] == method]
-        x = [r["temperature"] + .012 * (i - 2.5) for r in mine]    # beside each other, not on top
-        left.plot(x, [r["win_rate"] for r in mine], "-", color=look[1], lw=1.6)
-        draw_marks(left, mine, x, look, 11 if method == "sft" else 8)
-        left.plot([], [], look[2] + "-", color=look[1], ms=8, label=look[0])
-    left.plot([], [], "o", color="0.4", mfc="white", ms=8, label="hollow: nearly one text for all prompts")
-    left.set(xlabel="sampling temperature", ylabel="win rate against the review itself", xticks=TEMPERATURES, ylim=(-.02, 1.02))
-    look = style(())["dpo"]
-    for t, line in ON_THE_WAY.items():
-        mine = [{**r, "step": 0} for r in finished if r["method"] == "sft" and r["temperature"] == t and on_way] \
-            + [r for r in on_way if r["temperature"] == t]
-        x, y, se = ([r[name] for r in mine] for name in ("step", "win_rate", "win_rate_se"))
-        right.plot(x, y, line, color=look[1], lw=1.6, label=f"DPO, temperature {t:g}")
-        right.fill_between(x, [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=look[1], alpha=.15, lw=0)
-        draw_marks(right, mine, x, look, 8)
-    right.set(xlabel="steps of DPO (0: SFT)")
-    for axis in (left, right):
+    finished = [row for row in rows if row["step"] is None]
+    checkpoints = [row for row in rows if row["step"] is not None]
+    draw_temperatures(left, finished)
+    draw_training(right, finished, checkpoints)
+    for axis, columns in ((left, 2), (right, 1)):
         axis.axhline(.5, color="0.5", ls=":", lw=1.2, zorder=0)
         axis.grid(alpha=.25)
         axis.tick_params(labelsize=12)
-        axis.xaxis.label.set_size(14), axis.yaxis.label.set_size(14)
-        axis.legend(fontsize=12, loc="lower center", bbox_to_anchor=(.5, 1.), ncols=2 if axis is left else 1, frameon=False)
+        axis.legend(fontsize=12, loc="lower center", bbox_to_anchor=(.5, 1.), ncols=columns,
+                    frameon=False)
     save(figure, path)

@@ -1,8 +1,13 @@
-"""Faults of a run: after each, does the same command complete, make only what was unfinished, and find the results of a run left alone?
+"""Faults of a run: kill -9, Ctrl-C, two runs in one folder, damaged files.
 
-    python -m tests.kill [TIMES, default 20] [FLAGS of train.py]         half an hour on two cores: kill -9 strikes TIMES times at
-random moments, every other fault a quarter as often. Prints a table; the exit code is 1 where anything did not survive.
+    python -m tests.kill [TIMES, default 20] [FLAGS of train.py]        half an hour on two cores
+
+After each fault the same command must complete, compute only what was unfinished, and find the
+results of a run without faults. kill -9 happens TIMES times at random moments, every other fault a
+quarter as often. The program prints a table; its exit code is 1 if a run did not survive. It needs
+the signals of Unix (Linux or macOS).
 """
+import functools
 import json
 import os
 import pathlib
@@ -13,108 +18,165 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Callable, NamedTuple
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "train.py", "--preset", "tiny", "--device", "cpu", "--workers", "2"]
-GOES_ON = "the same command goes on"    # what Ctrl-C must say
-ALL, FIRST = os.killpg, os.kill         # whom a signal hits: every process of the run, or the first alone
+MESSAGE = "the same command continues"    # Ctrl-C must print it
+NOT_READ_AGAIN = ("make-prompts", "complete-part-validation")    # by the command after a whole run
+DAMAGES = "truncated", "empty", "foreign", "another's"
 
 
-def start(out, flags):
-    return subprocess.Popen([*COMMAND, *flags, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+class Reference(NamedTuple):
+    """A run without faults."""
+    out: pathlib.Path
+    flags: list[str]
+    rows: list[dict]
+    seconds: float
+
+
+# ------------------------------------------------------------------------------------------- runs
+def start(out: pathlib.Path, flags: list[str]) -> subprocess.Popen:
+    """Start the command in a process group of its own."""
+    return subprocess.Popen([*COMMAND, *flags, "--out", str(out)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
 
 
-def results(out):
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+def read_rows(out: pathlib.Path) -> list[dict]:
+    """The rows of results.jsonl without the columns that depend on the clock."""
+    lines = (out / "results.jsonl").read_text("utf-8").splitlines()
+    return [{name: x for name, x in json.loads(line).items() if "second" not in name}
+            for line in lines]
 
 
-def made(out):
-    """The finished stages, and when each was written."""
+def finished_stages(out: pathlib.Path) -> dict[str, int]:
+    """{name of a stage's file: when it was written}"""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
 
 
-def completes(out, flags, expected, damaged=()) -> tuple[bool, bool, str]:
-    """The same command once more -> whether it ends well and leaves what was finished alone, whether its results are equal, its output."""
-    before = {name: when for name, when in made(out).items() if name not in damaged}
-    process = start(out, flags)
+def run_again(out: pathlib.Path, reference: Reference,
+              damaged: tuple[str, ...] = ()) -> tuple[bool, bool, str]:
+    """Run the command after a fault -> (survived, results are equal, what it printed).
+
+    It survived if it ends with exit code 0 and writes no finished stage again but the damaged ones.
+    """
+    before = {name: written for name, written in finished_stages(out).items()
+              if name not in damaged}
+    process = start(out, reference.flags)
     printed, _ = process.communicate()
-    ended = process.returncode == 0
-    return ended and before.items() <= made(out).items(), ended and results(out) == expected, printed
+    completed = process.returncode == 0
+    survived = completed and before.items() <= finished_stages(out).items()
+    return survived, completed and read_rows(out) == reference.rows, printed
 
 
-def kill(whom, out, flags, alone, r):
+def send(number: int, process: subprocess.Popen, to_all: bool) -> None:
+    """Send a signal to every process of a run, or to its first process only."""
+    if to_all:
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
+
+
+# ----------------------------------------------------------------------------------------- faults
+# Each function causes one fault and runs the command again -> (survived, results are equal).
+def kill(out: pathlib.Path, reference: Reference, r: random.Random,
+         to_all: bool) -> tuple[bool, bool]:
     """kill -9 at a random moment."""
-    process = start(out, flags)
-    time.sleep(r.uniform(0, alone["seconds"]))
-    whom(process.pid, signal.SIGKILL)
+    process = start(out, reference.flags)
+    time.sleep(r.uniform(0, reference.seconds))
+    send(signal.SIGKILL, process, to_all)
     process.wait()
-    survived, equal, _ = completes(out, flags, alone["rows"])
+    survived, equal, _ = run_again(out, reference)
     return survived, equal
 
 
-def interrupt(whom, out, flags, alone, r):
-    """Ctrl-C at a random moment: over within two seconds, with one line that says how to go on."""
-    process = start(out, flags)
-    time.sleep(r.uniform(0, .9) * alone["seconds"])
+def interrupt(out: pathlib.Path, reference: Reference, r: random.Random,
+              to_all: bool) -> tuple[bool, bool]:
+    """Ctrl-C at a random moment: the run ends within two seconds and prints one line, MESSAGE."""
+    process = start(out, reference.flags)
+    time.sleep(r.uniform(0, .9) * reference.seconds)
     pressed = time.time()
-    whom(process.pid, signal.SIGINT)
-    _, said = process.communicate()
-    took = time.time() - pressed
-    polite = took < 2 and said.count("\n") == 1 and GOES_ON in said and process.returncode != 0
-    print(f"Ctrl-C: over after {took:.1f} s, exit code {process.returncode}, it said {said[-200:]!r}\n" * (not polite), end="", flush=True)
-    survived, equal, _ = completes(out, flags, alone["rows"])
-    return polite and survived, equal
+    send(signal.SIGINT, process, to_all)
+    _, message = process.communicate()
+    seconds = time.time() - pressed
+    one_line = message.count("\n") == 1 and MESSAGE in message
+    clean = seconds < 2 and one_line and process.returncode != 0
+    if not clean:
+        print(f"Ctrl-C: the run ended after {seconds:.1f} s with exit code {process.returncode} "
+              f"and printed {message[-200:]!r}", flush=True)
+    survived, equal, _ = run_again(out, reference)
+    return clean and survived, equal
 
 
-def two(out, flags, alone, r):
-    """The same command twice at the same time in the same folder: both end well."""
-    first = start(out, flags)
-    time.sleep(r.uniform(0, 1) * alone["seconds"])
-    second = start(out, flags)
-    for process in (first, second):
+def start_twice(out: pathlib.Path, reference: Reference, r: random.Random) -> tuple[bool, bool]:
+    """The same command twice at the same time in the same folder: both complete."""
+    processes = [start(out, reference.flags)]
+    time.sleep(r.uniform(0, 1) * reference.seconds)
+    processes.append(start(out, reference.flags))
+    for process in processes:
         process.communicate()
-    equal = (out / "results.jsonl").exists() and results(out) == alone["rows"]
-    return first.returncode == second.returncode == 0, equal
+    survived = all(process.returncode == 0 for process in processes)
+    equal = (out / "results.jsonl").exists() and read_rows(out) == reference.rows
+    return survived, equal
 
 
-def damage(harm, out, flags, alone, r):
-    """A stage's file that is not what it was: it is named, and made again; every other is left alone."""
-    shutil.copytree(alone["out"], out)
-    victim = r.choice(sorted(path for path in out.glob("*.pt") if "validation" not in path.name))    # theirs is not read again
-    whole, other = victim.read_bytes(), r.choice([path for path in sorted(out.glob("*.pt")) if path.read_bytes() != victim.read_bytes()])
-    victim.write_bytes({"truncated": whole[:r.randrange(1, len(whole))], "empty": b"", "foreign": b"not a stage\n", "another's": other.read_bytes()}[harm])
-    survived, equal, printed = completes(out, flags, alone["rows"], {victim.name})
-    named = victim.name in printed
-    print(f"{victim.name} was {harm}, and nothing said so\n" * (not named), end="")
+def damage(out: pathlib.Path, reference: Reference, r: random.Random,
+           kind: str) -> tuple[bool, bool]:
+    """A stage's file is damaged: the run names it and computes it again, and no other."""
+    shutil.copytree(reference.out, out)
+    stages = sorted(out.glob("*.pt"))
+    path = r.choice([path for path in stages if not path.name.startswith(NOT_READ_AGAIN)])
+    content = path.read_bytes()
+    another = r.choice([stage for stage in stages if stage.read_bytes() != content])
+    damaged_contents = {
+        "truncated": content[:r.randrange(1, len(content))],
+        "empty": b"",
+        "foreign": b"not a stage\n",
+        "another's": another.read_bytes(),
+    }
+    path.write_bytes(damaged_contents[kind])
+    survived, equal, printed = run_again(out, reference, damaged=(path.name,))
+    named = path.name in printed
+    if not named:
+        print(f"{path.name} was {kind}, and the run did not name it", flush=True)
     return survived and named, equal
 
 
-def faults(times):
-    """(fault, how often, what does it: (out, flags, alone, random) -> (survived, results equal))"""
-    def with_first(do, first):
-        return lambda *rest: do(first, *rest)
+def faults(times: int) -> list[tuple[str, int, Callable]]:
+    """All faults: (name, how often, function(out, reference, r))."""
+    half = max(times // 2, 1)
+    quarter = max(times // 4, 1)
+    return [
+        ("kill -9, every process", half, functools.partial(kill, to_all=True)),
+        ("kill -9, the first", half, functools.partial(kill, to_all=False)),
+        ("Ctrl-C, every process", quarter, functools.partial(interrupt, to_all=True)),
+        ("Ctrl-C, the first", quarter, functools.partial(interrupt, to_all=False)),
+        ("two runs in one folder", quarter, start_twice),
+        *((f"a stage's file is {kind}", quarter, functools.partial(damage, kind=kind))
+          for kind in DAMAGES),
+    ]
 
-    few = max(times // 4, 1)
-    kills = [(f"kill -9, {name}", max(times // 2, 1), with_first(kill, whom)) for name, whom in (("every process", ALL), ("the first", FIRST))]
-    stops = [(f"Ctrl-C, {name}", few, with_first(interrupt, whom)) for name, whom in (("every process", ALL), ("the first", FIRST))]
-    harms = [(f"a stage's file is {harm}", few, with_first(damage, harm)) for harm in ("truncated", "empty", "foreign", "another's")]
-    return [*kills, *stops, ("two runs in one folder", few, two), *harms]
 
-
-def main(times, flags):
-    folder, r, wrong = pathlib.Path(tempfile.mkdtemp()), random.Random(0), 0
-    began, process = time.time(), start(folder / "alone", flags)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
-    alone = {"out": folder / "alone", "rows": results(folder / "alone"), "seconds": time.time() - began}
+# -------------------------------------------------------------------------------------- the table
+def main(times: int, flags: list[str]) -> int:
+    """Cause all faults and print the table; returns the number of results that are wrong."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    r = random.Random(0)
+    began = time.time()
+    process = start(folder / "reference", flags)
+    _, message = process.communicate()
+    assert process.returncode == 0, message
+    reference = Reference(folder / "reference", flags, read_rows(folder / "reference"),
+                          time.time() - began)
     print(f"{'fault':<34}{'times tried':>12}{'survived':>10}{'results equal':>15}", flush=True)
-    for name, count, strike in faults(times):
+    wrong = 0
+    for name, count, cause in faults(times):
         found = []
         for _ in range(count):
-            found.append(strike(folder / "struck", flags, alone, r))
-            shutil.rmtree(folder / "struck", ignore_errors=True)
-        survived, equal = map(sum, zip(*found))
+            found.append(cause(folder / "faulty", reference, r))
+            shutil.rmtree(folder / "faulty", ignore_errors=True)
+        survived, equal = (sum(column) for column in zip(*found))
         wrong += 2 * count - survived - equal
         print(f"{name:<34}{count:>12}{survived:>10}{equal:>15}", flush=True)
     shutil.rmtree(folder)
@@ -122,5 +184,8 @@ def main(times, flags):
 
 
 if __name__ == "__main__":
-    NUMBER = [int(x) for x in sys.argv[1:2] if x.isdigit()]
-    sys.exit(bool(main(*(NUMBER or [20]), sys.argv[1 + len(NUMBER):])))
+    arguments = sys.argv[1:]
+    times = 20
+    if arguments and arguments[0].isdigit():
+        times = int(arguments.pop(0))
+    sys.exit(1 if main(times, arguments) else 0)

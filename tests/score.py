@@ -1,42 +1,65 @@
-"""The mark of a file of tests: planted bugs that it finds, minus false alarms.        python -m tests.score my_tests.py
+"""The score of a file of tests: planted bugs that it finds, minus false alarms.
 
-Your tests are functions test_* without arguments that import dpo, model, data or ppo. Each is run on the code as it is, where
-failing is a false alarm, and then on each of DESIGN's thirteen bugs of public DPO code: a bug is found if a test fails on it.
+    python -m tests.score my_tests.py
+
+The tests are functions test_* without arguments that import dpo, model, data or ppo. Each one runs
+on the code as it is, where a failure is a false alarm, and then on thirteen bugs of public DPO
+code. A bug is found if a test fails on it.
 """
 import pathlib
 import runpy
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+TESTS = pathlib.Path(__file__).resolve().parent
+for folder in (TESTS, TESTS / "theorems"):    # so that my_tests.py can import the theorems
+    sys.path.insert(0, str(folder))
+
 import mutants  # noqa: E402
 
-BUGS = mutants.MUTANTS[:13]    # mutants.py begins with those of public code
+BUGS = mutants.MUTANTS[:13]    # mutants.py begins with the bugs of public code
 
 
-def tests_of(path) -> dict:
-    """The tests of a file, by name."""
-    return {name: f for name, f in runpy.run_path(str(path)).items() if name.startswith("test_") and callable(f)}
+def read_tests(path) -> dict:
+    """The test functions of a file, by name."""
+    names = runpy.run_path(str(path))
+    return {name: x for name, x in names.items() if name.startswith("test_") and callable(x)}
+
+
+def finds(path, bug: mutants.Mutant, false_alarms: list[str]) -> bool:
+    """Whether a test of the file fails on the code with the bug in it.
+
+    The file is read again with the bug planted, so that `from dpo import dpo_loss` imports the bug.
+    """
+    def run_tests() -> None:
+        for name, test in read_tests(path).items():
+            if name not in false_alarms:
+                test()
+
+    with mutants.planted(bug):
+        return mutants.fails(run_tests)
 
 
 def score(path) -> tuple[list[str], list[str]]:
-    """The bugs that a file of tests finds, and its false alarms, by name."""
-    tests = tests_of(path)
-    alarms, found = [name for name, test in tests.items() if mutants.fails(test)], []
+    """The names of the bugs that a file of tests finds, and of its false alarms."""
+    false_alarms = [name for name, test in read_tests(path).items() if mutants.fails(test)]
+    found = [bug.name for bug in BUGS if finds(path, bug, false_alarms)]
+    return found, false_alarms
+
+
+def main(path: str) -> None:
+    """Print what a file of tests finds, and its score."""
+    try:
+        found, false_alarms = score(path)
+    except (Exception, SystemExit) as error:
+        sys.exit(f"{path} cannot be read: {type(error).__name__}: {error}")
     for bug in BUGS:
-        with mutants.planted(bug):    # the file is read anew: `from dpo import dpo_loss` has to meet the bug
-            found += [bug.name] if mutants.fails(lambda: [test() for name, test in tests_of(path).items() if name not in alarms]) else []
-    return found, alarms
+        print(f"{'found ' if bug.name in found else 'missed'}  {bug.bug}")
+    for name in false_alarms:
+        print(f"false alarm: {name} fails on the code as it is")
+    print(f"score {len(found) - len(false_alarms)} of {len(BUGS)}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not pathlib.Path(sys.argv[1]).is_file():
         sys.exit("usage: python -m tests.score my_tests.py")
-    try:
-        found, alarms = score(sys.argv[1])
-    except (Exception, SystemExit) as error:
-        sys.exit(f"{sys.argv[1]} cannot be read: {type(error).__name__}: {error}")
-    for bug in BUGS:
-        print(f"{'found ' if bug.name in found else 'missed'}  {bug.bug}")
-    for name in alarms:
-        print(f"false alarm: {name} fails on the code as it is")
-    print(f"score {len(found) - len(alarms)} of {len(BUGS)}")
+    main(sys.argv[1])

@@ -1,0 +1,604 @@
+"""What every long experiment needs and no paper mentions. A reader of the paper can skip this file.
+
+  1. Errors: one sentence instead of a traceback for what the user can fix.
+  2. Flags, made from the fields of a dataclass.
+  3. Stages: values that are computed once and kept in files.
+  4. Workers: several processes, on one machine or many, that share the stages.
+  5. A student's loss and a student's preferences, in files of their own (--loss, --pairs).
+"""
+import argparse
+import ast
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import runpy
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from types import SimpleNamespace
+from typing import Callable, Iterable, NamedTuple
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+import data
+from dpo import Pair
+
+
+# --------------------------------------------------------------------------------------- 1. errors
+class UserError(Exception):
+    """Something that the user can fix; the message names the cause and the fix."""
+
+
+def run_program(main: Callable[[], int], may_speak: Callable[[], bool] = lambda: True) -> int:
+    """The exit code of main(), or 2 and one line on stderr for an error that the user can fix.
+
+    Of several workers that meet the same error, only one may print it (`may_speak`).
+    """
+    try:
+        return main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = (f"cannot read or write {error.filename or 'the output'}: {error.strerror}; "
+                   "free it, or choose another --out")
+    except (MemoryError, RuntimeError) as error:                   # torch raises RuntimeError
+        if "memory" not in f"{type(error)} {error}".lower():
+            raise
+        message = ("out of memory; use fewer --workers, or a smaller --width, --batch-prompts or "
+                   "--optimum-samples")
+    if may_speak():
+        print("train.py: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return 2
+
+
+# ---------------------------------------------------------------------------------------- 2. flags
+def option(default, meaning: str, low: float = 0, high: float = math.inf, choices: tuple = ()):
+    """A field of a configuration: its default, its meaning, and the values that it may have."""
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_value(flag: str, field: dataclasses.Field, text: str):
+    """The text of a flag as a value of its field; a tuple is a comma-separated list.
+
+    Raises UserError if the text is of another type or out of bounds.
+    """
+    is_list = isinstance(field.default, tuple)
+    kind = type(field.default[0] if is_list else field.default)
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    try:
+        values = [kind(part) for part in (text.split(",") if is_list else [text])]
+    except ValueError:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{flag} takes {numbers}, not {text!r}") from None
+    if choices and text not in choices:
+        raise UserError(f"{flag} is one of {', '.join(choices)}, not {text!r}")
+    if kind is not str and not all(low <= x <= high and math.isfinite(x) for x in values):
+        raise UserError(f"{flag} must be from {low:g} to {high:g}, not {text!r}")
+    if len(set(values)) < len(values):
+        raise UserError(f"{flag} lists a value twice: {text!r}")
+    return tuple(values) if is_list else values[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are UserErrors."""
+    def error(self, message: str):
+        raise UserError(f"{message}; see python train.py --help")
+
+    def add_config(self, config: type) -> None:
+        """Add a flag for each field of a configuration; one that is not given stays unset."""
+        for field in dataclasses.fields(config):
+            flag = "--" + field.name.replace("_", "-")
+            meaning = field.metadata["meaning"].replace("%", "%%")
+            self.add_argument(flag, type=functools.partial(parse_value, flag, field), metavar="N",
+                              default=argparse.SUPPRESS,
+                              help=f"{meaning} (default: {field.default})")
+
+
+def read_flags(argv: list[str], config: type, presets: dict[str, dict],
+               description: str) -> tuple[object, argparse.Namespace]:
+    """The configuration and the other flags of a command line. Raises UserError."""
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--preset", default="default", choices=presets,
+                        help="sizes to start from; other flags override them")
+    parser.add_argument("--out", help="folder for all that is written (default: runs/PRESET)")
+    parser.add_argument("--loss", action="append", default=[], metavar="FILE.py:FUNCTION",
+                        help="train this loss over --betas instead of the sweep, and draw it "
+                        "beside the baselines in the folder; repeatable")
+    parser.add_argument("--pairs", metavar="FILE.jsonl", help="train on preferences from a file: "
+                        "a JSON object a line with prompt, chosen, rejected")
+    parser.add_argument("--study", action="store_true",
+                        help="also run DPO with one obstacle removed at a time (plots/gap.py)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes (default: one a core, at most 16; four a GPU)")
+    parser.add_config(config)
+    args = parser.parse_args(argv)
+    names = [field.name for field in dataclasses.fields(config)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if args.workers is not None and not 0 < args.workers <= 256:
+        raise UserError(f"--workers must be from 1 to 256, not {args.workers}")
+    if args.study and (args.loss or args.pairs):
+        raise UserError("--study cannot be combined with --loss or --pairs: it studies the "
+                        "paper's methods on pi_ref's own pairs")
+    if args.out == "":
+        raise UserError("--out names no folder")
+    args.out = args.out or f"runs/{args.preset}"
+    return config(**{**presets[args.preset], **given}), args
+
+
+def total_memory() -> float:
+    """Bytes of memory of this machine; infinite where the system does not tell (Windows)."""
+    sysconf = getattr(os, "sysconf", None)
+    return sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE") if sysconf else math.inf
+
+
+# --------------------------------------------------------------------------------------- 3. stages
+# The file of a stage is named by a hash of all that determines its value: the code of its function
+# and of everything in this project that this code names, directly or not; the fields of the
+# configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
+# reading the code, so that nobody has to list it.
+ROOT = pathlib.Path(__file__).resolve().parent
+
+
+def project_file(module: str | None) -> pathlib.Path | None:
+    """The file of a module of this project; None for any other module."""
+    path = ROOT.joinpath(*(module or "-").split("."))
+    candidates = path.with_suffix(".py"), path / "__init__.py"
+    return next((file for file in candidates if file.is_file()), None)
+
+
+@functools.cache
+def parse_module(file: pathlib.Path) -> tuple[dict[str, ast.stmt], dict[str, tuple]]:
+    """The top-level definitions of a file and its imports from this project, by name.
+
+    An import is (file, name in that file), or (file, None) for a module.
+    """
+    definitions, imports = {}, {}
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names = (target.id for target in ast.walk(node) if isinstance(target, ast.Name)
+                     and isinstance(target.ctx, ast.Store))
+            definitions.update(dict.fromkeys(names, node))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            package = getattr(node, "module", None)
+            for alias in node.names:
+                module = project_file(f"{package}.{alias.name}" if package else alias.name)
+                place = (module, None) if module else (project_file(package), alias.name)
+                imports[alias.asname or alias.name] = place
+    return definitions, {name: place for name, place in imports.items() if place[0]}
+
+
+@functools.cache
+def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tuple]]:
+    """The code of a top-level definition, without comments, and the places that it names.
+
+    A place is (file, name). Of an import, the code is empty and the place is where it leads.
+    """
+    definitions, imports = parse_module(file)
+    if name in imports:
+        return "", [imports[name]]
+    if name not in definitions:
+        return "", []
+    places = []
+    for node in ast.walk(definitions[name]):
+        if isinstance(node, ast.Name):
+            places.append((file, node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module, _ = imports.get(node.value.id, (None, None))
+            places += [(module, node.attr)] if module else []
+    return ast.unparse(definitions[name]), places
+
+
+@functools.cache
+def reachable_code(function: Callable) -> dict[str, str]:
+    """{"file:name": code} of a top-level function and of all that it names in this project."""
+    function = inspect.unwrap(function)
+    pending = [(pathlib.Path(inspect.getsourcefile(function)).resolve(), function.__qualname__)]
+    found = {}
+    while pending:
+        place = pending.pop()
+        if place not in found:
+            found[place], named = read_definition(*place)
+            pending += named
+    code = {f"{file.relative_to(ROOT).as_posix()}:{name}": text
+            for (file, name), text in found.items() if text}
+    assert code, f"{function.__qualname__} is not a top-level function of this project"
+    return code
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def describe(argument):
+    """What the hash of a stage contains of an argument that is not a plain value."""
+    return digest(argument.source) if hasattr(argument, "source") else argument.__qualname__
+
+
+def stage_inputs(setup, function: Callable, arguments: tuple) -> tuple[dict[str, str], dict]:
+    """All that determines the value of function(setup, *arguments): a digest for each input, and
+    the fields of the configuration among them.
+
+    `setup` has `cfg`, `user_pairs`, and `key`, which stands for all else that the setup holds.
+    """
+    code = {}
+    for given in (function, *filter(inspect.isfunction, arguments)):
+        code.update(reachable_code(given))
+    text = "\n".join(code.values())
+    read = set(re.findall(r"\bcfg\.(\w+)", text))
+    fields = {name: value for name, value in vars(setup.cfg).items() if name in read}
+    inputs = {place: digest(definition) for place, definition in code.items()}
+    inputs.update({f"cfg.{name}": json.dumps(value) for name, value in fields.items()})
+    inputs["arguments"] = json.dumps(arguments, default=describe)
+    inputs["setup"] = setup.key
+    if setup.user_pairs and "setup.user_pairs" in text:
+        inputs["--pairs"] = describe(setup.user_pairs)
+    return inputs, fields
+
+
+def stage_name(function: Callable, arguments: tuple) -> str:
+    """function-argument-argument...: the plain values among the arguments."""
+    name = function.__name__.replace("_", "-")
+    for argument in arguments:
+        parts = argument if isinstance(argument, tuple) else (argument,)
+        name += "".join(f"-{part}" for part in parts if isinstance(part, (str, int, float)))
+    return name
+
+
+def cached(function: Callable) -> Callable:
+    """Decorator of a stage: function(setup, *arguments) is computed once and kept in a file.
+
+    Arguments are plain values, top-level functions, and objects with a `source`.
+    """
+    @functools.wraps(function)
+    def load_or_compute(setup, *arguments):
+        return setup.stages.get(setup, function, arguments)
+
+    return load_or_compute
+
+
+def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
+    """The content of a stage's file, or None and the reason; it is empty if there is no file."""
+    try:
+        stored = torch.load(path, weights_only=True)
+        with zipfile.ZipFile(path) as archive:                     # torch ignores its checksums
+            assert archive.testzip() is None, "a part of it is damaged"
+        assert stored["file"] == path.name, "it belongs to another stage"
+        return stored, ""
+    except FileNotFoundError:
+        return None, ""
+    except Exception as error:                                     # a damaged file may raise any
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class Stages:
+    """The stages in a folder, shared by all workers: each is computed by the first that asks."""
+    def __init__(self, folder: pathlib.Path, store: torch.distributed.Store):
+        self.folder = folder
+        self.store = store         # counts, for all workers, how often a stage was claimed
+        self.seconds = {}          # name of a stage -> seconds that its computation took
+
+    def path(self, setup, function: Callable, arguments: tuple) -> pathlib.Path:
+        """The file of a stage: NAME.HASH.pt."""
+        inputs, _ = stage_inputs(setup, function, arguments)
+        key = digest(json.dumps(inputs, sort_keys=True))
+        return self.folder / f"{stage_name(function, arguments)}.{key}.pt"
+
+    def compute(self, setup, function: Callable, arguments: tuple) -> dict:
+        """Compute a stage and save it; the file appears whole or not at all."""
+        path = self.path(setup, function, arguments)
+        inputs, fields = stage_inputs(setup, function, arguments)
+        start = time.perf_counter()
+        restricted = setup._replace(cfg=SimpleNamespace(**fields))    # no field outside the hash
+        value = inspect.unwrap(function)(restricted, *arguments)
+        stored = {"file": path.name, "inputs": inputs, "value": value,
+                  "seconds": time.perf_counter() - start}
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            torch.save(stored, partial)
+        except (OSError, RuntimeError) as error:                   # both for a full disk
+            partial.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot write {path} ({reason}): is the disk full?") from None
+        os.replace(partial, path)
+        return stored
+
+    def get(self, setup, function: Callable, arguments: tuple):
+        """The value of a stage, loaded from its file or computed."""
+        path = self.path(setup, function, arguments)
+        stored, problem = load_stage(path)
+        if stored is None and self.store.add(path.name, 1) == 1:
+            if problem:
+                print(f"{path} is unusable and computed again ({problem})", flush=True)
+            stored = self.compute(setup, function, arguments)
+        while stored is None:                                      # another worker computes it
+            time.sleep(.05)
+            stored, _ = load_stage(path)
+        self.seconds[stage_name(function, arguments)] = stored["seconds"]
+        return stored["value"]
+
+    def get_all(self, setup, stages: list[tuple], report: bool = False) -> list:
+        """The values of independent stages (function, *arguments), in order.
+
+        The workers compute them in parallel, each the next one that nobody has claimed.
+        """
+        start = time.time()
+        paths = [self.path(setup, function, arguments) for function, *arguments in stages]
+        done_before = sum(path.exists() for path in paths)
+        for (function, *arguments), path in zip(stages, paths):
+            if path.exists() or self.store.add(path.name, 1) > 1:
+                continue
+            self.compute(setup, function, arguments)
+            if report:
+                done = sum(path.exists() for path in paths)
+                minutes = (time.time() - start) / 60
+                left = minutes / (done - done_before) * (len(paths) - done)
+                print(f"[{done}/{len(paths)} done, last: {stage_name(function, arguments)}; "
+                      f"{minutes:.1f} min, about {left:.1f} min left]", flush=True)
+        return [self.get(setup, function, arguments) for function, *arguments in stages]
+
+    def load_all(self, setup, stages: list[tuple]) -> list:
+        """The values of those stages (function, *arguments) that are in the folder already."""
+        stored = [load_stage(self.path(setup, function, arguments))[0]
+                  for function, *arguments in stages]
+        return [content["value"] for content in stored if content]
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """The objects of a file of JSON lines; none if there is no file."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    except OSError as error:                                       # a full disk names no file
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another "
+                        "--out") from None
+    os.replace(partial, path)
+
+
+# -------------------------------------------------------------------------------------- 4. workers
+# glibc returns freed memory to the system and faults it in again, a third of the time of a small
+# model's step, unless told otherwise. Other systems ignore these variables.
+ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25),
+               "OMP_NUM_THREADS": "1"}
+
+
+def choose_device(name: str | None) -> str:
+    """The device of this name, or the best one. Raises UserError if the machine lacks it."""
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    available.append("cpu")
+    device = available[0] if name is None else name
+    try:
+        assert device.split(":")[0] in available
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):
+        raise UserError(f"--device {device} is not on this machine; it has "
+                        f"{', '.join(available)}") from None
+    return device
+
+
+def default_workers(device: str) -> int:
+    """One worker a core, at most 16; four a GPU."""
+    if device.startswith("cpu"):
+        return min(os.cpu_count() or 1, 16)
+    return 4 * max(torch.cuda.device_count(), 1)
+
+
+def run_worker(rank: int, workers: int, folder: str | None, function: Callable, device: str,
+               arguments: tuple) -> int:
+    """The exit code of function(rank, store, device, *arguments), as one of several workers."""
+    torch.set_num_threads(1)
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus > 1:                              # workers take the GPUs in turn
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % gpus}"
+    if folder is not None:
+        store = torch.distributed.FileStore(f"{folder}/store", workers)
+    elif workers == 1:
+        store = torch.distributed.HashStore()
+    else:
+        store = next(torch.distributed.rendezvous("env://"))[0]
+
+    def is_first_error() -> bool:
+        is_first = store.add("errors", 1) == 1
+        time.sleep(0 if is_first else .5)    # the end of this worker must not cut the message off
+        return is_first
+
+    return run_program(lambda: function(rank, store, device, *arguments), is_first_error)
+
+
+def worker_process(*arguments) -> None:
+    """The entry point of a spawned process."""
+    sys.exit(run_worker(*arguments))
+
+
+def launch(function: Callable, workers: int, device: str, *arguments) -> int:
+    """Run function(rank, store, device, *arguments) in several processes; returns an exit code.
+
+    Under torchrun, this process is already one of them. Raises UserError if a worker was killed.
+    """
+    if "RANK" in os.environ:
+        rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return run_worker(rank, workers, None, function, device, arguments)
+    os.environ.update(ENVIRONMENT)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = workers, folder, function, device, arguments
+        try:
+            torch.multiprocessing.spawn(worker_process, arguments, nprocs=workers)
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.exit_code < 0:
+                raise UserError(f"a worker was killed ({error.signal_name}): if memory ran out, "
+                                "use fewer --workers or smaller sizes") from None
+            return error.exit_code
+    return 0
+
+
+# --------------------------------------------- 5. a student's loss and a student's preferences
+class LossError(UserError):
+    """A loss that cannot be used; the message names file, function, line and reason."""
+
+
+class StudentLoss:
+    """The function of FILE.py:FUNCTION as a loss, called as loss(pair, beta) -> (B,).
+
+    It is tried on a few pairs when it is loaded, and checked at every call. Raises LossError.
+    """
+    def __init__(self, name: str):
+        self.path, _, function_name = name.rpartition(":")
+        self.place = f"--loss {name}"
+        if not os.path.isfile(self.path):
+            raise LossError(f"{self.place}: there is no file {self.path or name!r}; write "
+                            "FILE.py:FUNCTION")
+        self.source = pathlib.Path(self.path).read_bytes().decode("utf-8", "surrogateescape")
+        self.function = self.guard(runpy.run_path, self.path).get(function_name)
+        if not callable(self.function):
+            raise LossError(f"{self.place}: {self.path} has no function {function_name}")
+        code = getattr(self.function, "__code__", None)
+        self.place += f" (line {code.co_firstlineno if code else '?'})"
+        self.guard(self.try_once)
+
+    def guard(self, function: Callable, *arguments):
+        """function(*arguments); any exception of the student's code becomes a LossError."""
+        try:
+            return function(*arguments)
+        except (KeyboardInterrupt, LossError):
+            raise
+        except BaseException as error:                             # SystemExit too
+            lines = [getattr(error, "lineno", None) or "?"]
+            lines += [line for frame, line in traceback.walk_tb(error.__traceback__)
+                      if os.path.realpath(frame.f_code.co_filename) == os.path.realpath(self.path)]
+            raise LossError(f"{self.place} raised {type(error).__name__} in {self.path}, line "
+                            f"{lines[-1]}: {error}") from None
+
+    def __call__(self, pair: Pair, beta: float) -> Tensor:
+        value = self.guard(self.function, pair, beta)
+        shape = pair.logp_w.shape
+        if not isinstance(value, Tensor) or value.shape != shape or value.is_complex():
+            got = type(value).__name__
+            if isinstance(value, Tensor):
+                got = f"shape {tuple(value.shape)} of {value.dtype}"
+            raise LossError(f"{self.place} must return one real loss for each of the B pairs, of "
+                            f"shape (B,), here {tuple(shape)}, but returned {got}; train.py takes "
+                            "the mean")
+        if pair.logp_w.requires_grad and not value.requires_grad:
+            raise LossError(f"{self.place} has no gradient at some pairs: it does not depend on "
+                            "logp_w or logp_l there, or detaches them")
+        return value
+
+    def try_once(self, beta: float = .5) -> None:
+        """One call on ordinary pairs: the loss and its gradient must be finite."""
+        logp_w = torch.tensor([-20., -31., -25., -44., -28.], requires_grad=True)
+        logp_l = torch.tensor([-22., -29., -40., -43., -26.], requires_grad=True)
+        pair = Pair(logp_w, logp_l, logp_w.detach() - 1., logp_l.detach() + .5,
+                    torch.arange(20, 25), torch.arange(24, 29))
+        value = self(pair, beta)
+        slopes = torch.autograd.grad(value.sum(), (logp_w, logp_l), allow_unused=True)
+        slopes = [slope for slope in slopes if slope is not None]
+        if not slopes:
+            raise LossError(f"{self.place} has no gradient: it does not depend on logp_w or "
+                            "logp_l, or detaches them")
+        for name, x in (("loss", value), *(("gradient", slope) for slope in slopes)):
+            if not x.isfinite().all():
+                raise LossError(f"{self.place}: the {name} is not finite on ordinary "
+                                f"log-probabilities: {x.tolist()}")
+
+
+def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, StudentLoss]:
+    """Students' losses by the names of their functions. Raises LossError if one is `reserved`."""
+    losses = {name.rpartition(":")[2]: StudentLoss(name) for name in names}
+    taken = [name for name in losses if name in reserved or len(name) > 100]
+    if len(losses) < len(names) or taken:
+        raise LossError("--loss: each needs a short name of its own that is not the name of a "
+                        f"method: {', '.join(losses)}")
+    return losses
+
+
+KNOWN_WORDS = set(re.findall(r"\w+", data.CLAUSE.pattern + data.REVIEW.pattern))
+
+
+def is_known(text: str) -> bool:
+    """Whether at least half of a text's words occur in reviews; its last word may be cut off."""
+    words = re.findall(r"\w+", text)
+    words = words[:-1] or words
+    return len(words) > 0 and 2 * sum(word in KNOWN_WORDS for word in words) >= len(words)
+
+
+def parse_preference(line: str) -> dict:
+    """A line of a file of preferences. Raises ValueError if nothing can be learned from it.
+
+    A preference with `ids` was sampled from a policy, whose responses may be anything.
+    """
+    try:
+        pair = json.loads(line)
+        texts = [pair[name] for name in ("prompt", "chosen", "rejected")]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError('not a JSON object {"prompt": ..., "chosen": ..., "rejected": '
+                         "...}") from None
+    is_sampled = "ids" in pair
+    must_have_words = texts[:1] if is_sampled else texts
+    if not all(isinstance(x, str) for x in texts) or not all(x.strip() for x in must_have_words):
+        raise ValueError("prompt, chosen and rejected must be text, and not empty")
+    if not is_sampled and texts[1] == texts[2]:
+        raise ValueError("chosen and rejected are the same: there is nothing to learn from them")
+    if not is_sampled and not all(map(is_known, texts)):
+        raise ValueError("most words of a text are in no review: pi_ref cannot know them")
+    return pair
+
+
+def read_pairs(path: str) -> list[dict]:
+    """Preferences from a file: one JSON object a line, with prompt, chosen and rejected.
+
+    Raises UserError that names the line.
+    """
+    try:
+        text = pathlib.Path(path).read_text("utf-8-sig").rstrip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pairs: cannot read {path} as text ({error})") from None
+    if not text:
+        raise UserError(f"--pairs: {path} holds no pairs")
+    pairs = []
+    for number, line in enumerate(text.split("\n"), 1):           # JSON may hold other line ends
+        try:
+            pairs.append(parse_preference(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class UserPairs:
+    """A user's preferences as tokens, and their text, which stands for them in a stage's hash."""
+    source: str
+    preferences: data.Preferences
+
+    def with_reference(self, ref: Tensor) -> "UserPairs":
+        """The same pairs with log pi_ref (C,) of their responses."""
+        return UserPairs(self.source, self.preferences._replace(ref=ref))
+
+
+def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> UserPairs:
+    """`read_pairs` as tokens; log pi_ref is still 0. Raises UserError that names the line."""
+    try:
+        return UserPairs(json.dumps(pairs), data.encode_preferences(encoding, pairs, max_tokens))
+    except ValueError as error:
+        raise UserError(f"{path}, {error}") from None

@@ -1,0 +1,74 @@
+"""The lists of all figures, and the files of a run's folder from which they are drawn.
+
+results.jsonl    one row for each evaluation of a policy
+measured.jsonl   rows that single figures measured; the column `figure` names the figure
+optimum.json     the optimal frontier
+failures.jsonl   runs that failed, with the reason
+"""
+import pathlib
+
+import harness
+from plots import (best_of_n, cost, degeneration, domains, frontier, gap, inside, judges,
+                   overoptimisation, samples, winrate)
+
+FROM_RESULTS = {    # from results.jsonl and optimum.json: draw(rows, optimum, path)
+    "frontier": frontier,
+    "inside": inside,
+}
+FROM_POLICIES = {    # measure(setup, runs) -> rows of measured.jsonl; draw(rows, path)
+    "winrate": winrate,    # the slowest first
+    "best_of_n": best_of_n,
+    "overoptimisation": overoptimisation,
+    "domains": domains,
+    "judges": judges,
+    "degeneration": degeneration,
+    "samples": samples,
+}
+FROM_ROWS = {    # from rows of measured.jsonl that need no policies: draw(rows, path)
+    "cost": cost,
+    "gap": gap,
+}
+
+
+def write_results(folder: pathlib.Path, rows: list[dict], failures: list[dict], optimum: dict,
+                  measured: list[dict]) -> None:
+    """Write the four files of results."""
+    harness.write_jsonl(folder / "results.jsonl", rows)
+    harness.write_jsonl(folder / "failures.jsonl", failures)
+    harness.write_jsonl(folder / "optimum.json", [optimum])
+    harness.write_jsonl(folder / "measured.jsonl", measured)
+
+
+def earlier_rows(folder: pathlib.Path, optimum: dict, measured: list[dict]) -> list[dict]:
+    """Rows of measured.jsonl, of figures that `measured` lacks, from an earlier command.
+
+    There are none if that command had another optimum, and so another pi_ref.
+    """
+    if harness.read_jsonl(folder / "optimum.json") != [optimum]:
+        return []
+    names = {row["figure"] for row in measured}
+    earlier = harness.read_jsonl(folder / "measured.jsonl")
+    return [row for row in earlier if row["figure"] not in names]
+
+
+def draw_all(folder: pathlib.Path) -> list[str]:
+    """Draw every figure that has results in the folder; returns their names.
+
+    Raises FileNotFoundError if the folder has no results.jsonl or no optimum.json.
+    """
+    for name in ("results.jsonl", "optimum.json"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"there is no {name}")
+    rows = harness.read_jsonl(folder / "results.jsonl")
+    [optimum] = harness.read_jsonl(folder / "optimum.json")
+    measured = harness.read_jsonl(folder / "measured.jsonl")
+    names = []
+    for name, module in FROM_RESULTS.items():
+        module.draw(rows, optimum, folder / f"{name}.png")
+        names.append(name)
+    for name, module in {**FROM_POLICIES, **FROM_ROWS}.items():
+        figure_rows = [row for row in measured if row["figure"] == name]
+        if figure_rows:
+            module.draw(figure_rows, folder / f"{name}.png")
+            names.append(name)
+    return names

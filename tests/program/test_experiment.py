@@ -1,0 +1,259 @@
+"""The experiment, end to end, in its tiny preset: its files, its resuming, its failures."""
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import harness
+import train
+from plots import cost
+
+ROOT = pathlib.Path(train.__file__).parent
+NO_NETWORK = ROOT / "tests" / "no_network"    # a hook that ends any process that opens a socket
+COLUMNS = {"method", "setting", "seed", "step", "final", "reward", "reward_se", "kl", "kl_se",
+           "optimal_reward", "share", "share_se", "seconds", "config"}
+FIGURES = {"frontier", "inside", "best_of_n", "degeneration", "winrate", "domains", "judges",
+           "cost"}
+STAGES_BEFORE_RUNS = ("write-corpus", "learn-tokenizer", "train-reference", "reference-rewards")
+
+
+# ------------------------------------------------------------------------------- running train.py
+def run(out, *flags, python_path=NO_NETWORK):
+    """Run `python train.py --preset tiny` in a process -> its exit code and all that it printed.
+
+    The sitecustomize.py in the folder `python_path` is active in every process of the run.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(python_path)}
+    environment.pop("RANK", None)
+    environment.pop("WORLD_SIZE", None)
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--device", "cpu",
+               "--out", str(out), *map(str, flags)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
+                             timeout=180)
+    return process.returncode, process.stdout + process.stderr
+
+
+def read_rows(out):
+    """The rows of results.jsonl without the columns that depend on the clock."""
+    rows = harness.read_jsonl(out / "results.jsonl")
+    return [{name: x for name, x in row.items() if "second" not in name} for row in rows]
+
+
+def modification_times(out):
+    """{file of a stage: when it was written}"""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a finished run of two workers, and what the run printed."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    code, printed = run(out, "--workers", 2)
+    assert code == 0, printed
+    return out, printed
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of that folder, which a test may change."""
+    return shutil.copytree(tiny[0], tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------ what a run writes
+def test_a_run_writes_results_optimum_preferences_figure_and_table(tiny):
+    """results.jsonl has one `sft` row and a final row of each run; figures and table are there."""
+    out, printed = tiny
+    rows = harness.read_jsonl(out / "results.jsonl")
+    assert all(COLUMNS <= set(row) for row in rows), f"columns missing: {COLUMNS - set(rows[0])}"
+    sft = [(row["step"], row["kl"], row["final"]) for row in rows if row["method"] == "sft"]
+    assert sft == [(0, 0., True)]
+    runs = {(row["method"], row["setting"]) for row in rows}
+    assert runs == {(row["method"], row["setting"]) for row in rows if row["final"]}
+    for method in {row["method"] for row in rows}:
+        assert f"\n{method} " in printed, f"the printed table has no row of {method}"
+    images = {path.stem for path in out.glob("*.png") if path.read_bytes()[1:4] == b"PNG"}
+    assert images >= FIGURES
+    preferences = harness.read_jsonl(out / "preferences-seed0.jsonl")
+    assert {"prompt", "chosen", "rejected"} <= set(preferences[0])
+
+
+def test_no_test_here_needs_a_network():
+    """All runs of this file are under a hook that ends any process that opens a socket.
+
+    This is the control: the hook does end such a process.
+    """
+    control = subprocess.run([sys.executable, "-c", "import socket; socket.socket()"],
+                             env={"PYTHONPATH": str(NO_NETWORK)}, capture_output=True)
+    assert control.returncode == 99 and b"socket.__new__" in control.stderr
+
+
+def test_the_optimum_reaches_far_and_its_lists_belong_together(tiny):
+    """The lists of optimum.json have one length and reach KL 6."""
+    optimum = json.loads((tiny[0] / "optimum.json").read_text("utf-8"))
+    lengths = {len(optimum[name]) for name in ("beta", "kl", "reward", "ess")}
+    assert len(lengths) == 1, f"the lists have different lengths: {lengths}"
+    assert max(optimum["kl"]) >= 6, f"the curve ends at KL {max(optimum['kl']):.2f}, not at 6"
+
+
+# ------------------------------------------------------------------------ resuming a run's folder
+def test_a_finished_run_is_not_made_again(copy):
+    """Every stage is loaded, the results are equal to the last digit, the costs are complete."""
+    rows_before = read_rows(copy)
+    times_before = modification_times(copy)
+    code, printed = run(copy)
+    assert code == 0 and read_rows(copy) == rows_before, printed
+    assert modification_times(copy) == times_before, "a finished stage was written again"
+    costs = [row for row in harness.read_jsonl(copy / "measured.jsonl")
+             if row["figure"] == "cost" and row["method"] == "ppo"]
+    assert costs, "measured.jsonl has no cost of PPO"
+    for row in costs:
+        for component in cost.COMPONENTS:
+            assert row[f"{component}_seconds"] > 0, f"PPO's cost leaves out {component}: {row}"
+
+
+def test_results_do_not_depend_on_the_number_of_workers(copy):
+    """One worker computes all runs of two workers again, from the same pi_ref: equal results.
+
+    The random numbers of a run depend only on the run's name.
+    """
+    rows_before = read_rows(copy)
+    for path in copy.glob("*.pt"):
+        if not path.name.startswith(STAGES_BEFORE_RUNS):
+            path.unlink()
+    code, printed = run(copy, "--workers", 1)
+    assert code == 0 and read_rows(copy) == rows_before, printed
+
+
+def test_an_unreadable_stage_is_named_and_made_again(copy):
+    """A truncated file of a policy is reported by its name, and the results stay the same."""
+    rows_before = read_rows(copy)
+    [damaged] = copy.glob("train-policy-dpo-2.0-*.pt")
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    code, printed = run(copy, "--workers", 1)
+    assert code == 0 and damaged.name in printed and read_rows(copy) == rows_before, printed
+
+
+# ------------------------------------------------------------------------------ a student's loss
+STUDENT_LOSS = """
+def mine(pair, beta):
+    return (pair.logp_w - pair.logp_l - 1 / beta) ** 2
+"""
+LATE_FAILURES = """
+calls = []
+
+def late(pair, beta):
+    calls.append(0)
+    is_late = len(calls) > 3
+    if beta > 1 and is_late:
+        raise ValueError("tired")
+    if beta == .5 and is_late:
+        return pair.logp_w * float("nan")
+    return pair.logp_w * -1.
+"""
+
+
+def cost_lines(out):
+    """The lines of measured.jsonl that hold the costs."""
+    lines = (out / "measured.jsonl").read_text("utf-8").splitlines()
+    return [line for line in lines if '"figure": "cost"' in line]
+
+
+def baseline_rows(out):
+    """The rows of results.jsonl without those of the student's loss, sorted, without `config`."""
+    rows = [{name: x for name, x in row.items() if name != "config"}
+            for row in read_rows(out) if row["method"] != "mine"]
+    return sorted(map(str, rows))
+
+
+def test_a_loss_of_ones_own_gets_its_curve_beside_the_baselines(copy, tmp_path):
+    """A loss adds its rows to results.jsonl; the baselines and their costs stay the same."""
+    (tmp_path / "mine.py").write_text(STUDENT_LOSS)
+    baselines_before = baseline_rows(copy)
+    costs_before = cost_lines(copy)
+    code, printed = run(copy, "--loss", f"{tmp_path}/mine.py:mine", "--betas", ".3")
+    assert code == 0 and baseline_rows(copy) == baselines_before, printed
+    finished = [row for row in read_rows(copy) if row["method"] == "mine" and row["final"]]
+    assert {row["setting"] for row in finished} == {.3}
+    assert costs_before and cost_lines(copy) == costs_before, \
+        "the costs of the baselines changed: do they leave out stages that this command skips?"
+
+
+def test_a_loss_that_fails_late_ends_its_own_run_alone(copy, tmp_path):
+    """NaN at beta .5 and an exception at beta 2 end their own runs; beta 1 finishes.
+
+    The failures are in failures.jsonl, and the exit code is 1.
+    """
+    (tmp_path / "late.py").write_text(LATE_FAILURES)
+    code, printed = run(copy, "--loss", f"{tmp_path}/late.py:late", "--betas", ".5,1,2",
+                        "--workers", 2)
+    failures = harness.read_jsonl(copy / "failures.jsonl")
+    settings = sorted(failure["setting"] for failure in failures)
+    assert code == 1 and settings == [.5, 2.] and "tired" in printed, printed
+    assert any(row["method"] == "late" and row["setting"] == 1. and row["final"]
+               for row in read_rows(copy))
+
+
+# ------------------------------------------------------------------------------ the configuration
+def test_every_field_of_the_configuration_is_read():
+    """The code of the experiment reads every field: a flag without effect would mislead."""
+    code = "".join((ROOT / name).read_text("utf-8") for name in ("train.py", "ppo.py"))
+    unread = [field.name for field in dataclasses.fields(train.Config)
+              if not re.search(rf"cfg\.{field.name}\b", code)]
+    assert not unread, f"no code reads {unread}"
+
+
+def test_the_presets_are_valid():
+    """Every preset passes the checks of the command line."""
+    for preset in train.PRESETS:
+        cfg, _ = harness.read_flags(["--preset", preset], train.Config, train.PRESETS, "")
+        train.check_config(cfg)
+        assert cfg.prompts > 0
+
+
+# -------------------------------------------------------------------------------------- the study
+DEFAULT = train.Config()
+CHANGED_FIELDS = [set(), {"prompts", "epochs"}, {"epochs"}, {"prompts"}, {"labels"}, {"width"},
+                  {"ppo_steps"}, {"lr", "ppo_lr"}, {"lr", "ppo_lr"}]    # of each variant
+
+
+def fake_runs(cfg, settings):
+    """One finished run of each method; with a larger learning rate they all diverge."""
+    if cfg.lr > DEFAULT.lr:
+        return [{"rows": [], "failure": {"method": method, "reason": "loss not finite"}}
+                for method in settings]
+    row = {"reward": .6, "reward_se": .01, "kl": 1., "kl_se": .1, "final": True}
+    return [{"rows": [row], "failure": None} for _ in settings]
+
+
+def test_the_study_changes_one_thing_at_a_time_and_names_what_failed(monkeypatch):
+    """A variant changes what its name says, all variants are drawn, a diverged run is reported."""
+    configurations = []
+
+    def get_all(setup, runs, report):
+        return runs
+
+    def prepare(cfg, stages, device):
+        configurations.append(dataclasses.asdict(cfg))
+        return SimpleNamespace(cfg=cfg, stages=SimpleNamespace(get_all=get_all))
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "policy_stages", fake_runs)
+    monkeypatch.setattr(train, "estimate_optimum", lambda setup: {})
+    monkeypatch.setattr(train.tables, "add_shares", lambda rows, optimum: None)
+    stages = SimpleNamespace(folder=None, store=None)
+    rows, failures = train.study(SimpleNamespace(cfg=DEFAULT, stages=stages, device="cpu"))
+    changed = [{name for name, x in cfg.items() if x != getattr(DEFAULT, name)}
+               for cfg in configurations]
+    assert changed == CHANGED_FIELDS
+    finished = {row["variant"] for row in rows}
+    assert finished == set(train.gap.variants(DEFAULT)) - {"learning rate x 3.2"}
+    assert finished >= set(train.gap.DPO_STYLE)
+    reasons = [failure["reason"] for failure in failures]
+    assert reasons == ["learning rate x 3.2: loss not finite"] * 3

@@ -1,0 +1,57 @@
+"""Nothing in this repository needs what only Unix systems have (fcntl, resource, os.sysconf)."""
+import os
+import subprocess
+import sys
+
+from test_experiment import ROOT, run
+
+NO_UNIX = ROOT / "tests" / "no_unix"    # a hook that removes those modules and functions
+FOLDERS = ["", "tests", "tests/theorems", "tests/program", "tests/classroom"]
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}")
+"""
+
+
+def modules():
+    """The names of all modules: `plots` is a package, the other folders are on the path.
+
+    plots/__main__.py is left out: importing it would draw the published figures.
+    """
+    names = [path.stem for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+    figures = sorted(path.stem for path in (ROOT / "plots").glob("[!_]*.py"))
+    return names + [f"plots.{figure}" for figure in figures]
+
+
+def run_python(code, *arguments):
+    """`python -c code` under the hook -> all that it printed."""
+    paths = [NO_UNIX, *(ROOT / folder for folder in FOLDERS)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    process = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment,
+                             capture_output=True, text=True, timeout=120)
+    return process.stdout + process.stderr
+
+
+def test_the_hook_removes_what_only_unix_has():
+    """The control: under the hook, these imports and this attribute fail."""
+    for code in ("import fcntl", "import resource"):
+        assert "ModuleNotFoundError" in run_python(code)
+    assert "AttributeError" in run_python("import os; os.sysconf")
+
+
+def test_the_tiny_experiment_runs_without_modules_that_only_unix_has(tmp_path):
+    """Two workers complete the experiment under the hook."""
+    code, printed = run(tmp_path / "run", "--workers", 2, python_path=NO_UNIX)
+    assert code == 0, printed
+
+
+def test_every_module_imports_without_modules_that_only_unix_has():
+    """Each module of the repository, tests included, can be imported under the hook."""
+    names = modules()
+    assert {"train", "harness", "plots.frontier", "benchmark", "kill"} <= set(names)
+    failures = run_python(IMPORT_ALL, *names)
+    assert not failures, f"modules that cannot be imported:\n{failures}"

@@ -1,0 +1,244 @@
+"""The corpus, the tokenizer and prompts; how preferences are labelled and put into batches."""
+import itertools
+import random
+
+import torch
+
+import data
+from test_true_reward import OPENING, encoding, reviews, sigma
+from world import agree, generator, normal
+
+
+# --------------------------------------------------------------------------------------- the corpus
+def test_every_written_review_is_grammatical():
+    """`is_grammatical` accepts every review that the grammar writes, in both domains.
+
+    All clauses parse: 3 or 4 of them, on different aspects.
+    """
+    for text in reviews(150, seed=1):
+        clauses = sum(text.count(joint) for joint in (". The ", ", and the ", ", but the "))
+        assert data.is_grammatical(text), f"a written review must be grammatical: {text!r}"
+        assert len(data.parse_opinions(text)) == clauses in (3, 4), \
+            f"a written review must have 3 or 4 opinions, and all must parse: {text!r}"
+
+
+def test_broken_reviews_are_not_grammatical():
+    """A review is rejected if it is cut inside a sentence, or if a word is doubled or missing."""
+    text = (f"{OPENING}. The plot was not really superb, but the cast felt dull. "
+            "The score seemed fine.")
+    broken = []
+    for cut in range(len(text)):
+        complete = text[:cut].endswith(".") and cut > len(OPENING) + 1
+        if not complete:
+            broken.append(text[:cut])
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        broken.append(" ".join(words[:i] + [word, word] + words[i + 1:]))
+        if word not in ("not", "really"):                    # a review is complete without these
+            broken.append(" ".join(words[:i] + words[i + 1:]))
+    accepted = [x for x in broken if data.is_grammatical(x)]
+    assert not accepted, f"these are no reviews, but they are accepted: {accepted}"
+    assert data.is_grammatical(text), f"this review must be accepted: {text!r}"
+
+
+def test_splits_are_disjoint():
+    """No review occurs twice, in one split or in two.
+
+    The splits hold 80, 10 and 10 percent of the reviews.
+    """
+    splits = data.write_corpus(230, seed=3)
+    texts = [text for split in splits.values() for text in split]
+    sizes = {name: len(split) for name, split in splits.items()}
+    assert len(set(texts)) == len(texts) == 230, \
+        f"{len(texts) - len(set(texts))} reviews occur twice: training sees the test set"
+    assert sizes == {"train": 184, "validation": 23, "test": 23}, \
+        f"the splits must hold 80, 10 and 10 percent of 230 reviews, not {sizes}"
+
+
+def test_a_corpus_depends_on_its_seed_alone():
+    """The same seed gives the same corpus, and another seed gives another corpus.
+
+    The global random state has no influence, and it is left unchanged.
+    """
+    random.seed(1)
+    corpus = data.write_corpus(40, seed=5)
+    other_seed = data.write_corpus(40, seed=6)
+    number = random.random()
+    random.seed(1)
+    assert random.random() == number, "writing a corpus must not use the global random state"
+    assert data.write_corpus(40, seed=5) == corpus, \
+        "the same seed must give the same corpus, whatever the global random state is"
+    assert not set(other_seed["train"]) & set(corpus["train"]), \
+        "another seed must give another corpus"
+
+
+def test_generators_of_other_names_are_other_generators():
+    """`rng` and `torch_rng` depend on all their names and on nothing else.
+
+    So changing a loss never changes the data.
+    """
+    names = [("a", 1), ("a", 2), ("b", 1), ("a",), ("a1",), (1, "a")]
+    numbers = [data.rng(*name).random() for name in names]
+    tensor_numbers = [torch.rand(1, generator=data.torch_rng(*name)).item() for name in names]
+    assert len({*numbers, *tensor_numbers}) == 12, \
+        f"generators of different names must give different numbers: {numbers} {tensor_numbers}"
+    assert data.rng("a", 1).random() == numbers[0], "rng of the same names must repeat its numbers"
+    assert torch.rand(1, generator=data.torch_rng("a", 1)).item() == tensor_numbers[0], \
+        "torch_rng of the same names must repeat its numbers"
+
+
+# ---------------------------------------------------------------------------- tokenizer and prompts
+def test_decoding_undoes_encoding():
+    """decode(encode(text)) = text for reviews of both domains and for any other text.
+
+    No encoded text holds the end token.
+    """
+    texts = reviews(100, seed=4)
+    texts += ["", "  two  spaces\n\ttab", "na\u00efve \u6f22\u5b57 \U0001f600!?", "<|endoftext|"]
+    tokenizer = encoding()
+    for text in texts:
+        ids = tokenizer.encode(text)
+        decoded = tokenizer.decode(ids)
+        assert decoded == text, f"{text!r} must not be decoded as {decoded!r}"
+        assert tokenizer.eot_token not in ids, f"the tokens of {text!r} hold the end token"
+
+
+def test_prompts_are_prefixes_of_two_to_eight_tokens():
+    """Each prompt is the first n tokens of its own review, 2 <= n <= 8; the rest is filler.
+
+    All seven lengths occur.
+    """
+    texts = reviews(60, seed=6)
+    tokenizer = encoding()
+    ids, lengths = data.make_prompts(tokenizer, texts, data.rng("prompts"))
+    for text, row, n in zip(texts, ids.tolist(), lengths.tolist()):
+        expected = tokenizer.encode(text)[:n] + [tokenizer.eot_token] * (8 - n)
+        assert row == expected, \
+            f"a prompt must be the first {n} tokens of {text!r}, {expected}, not {row}"
+    observed = set(lengths.tolist())
+    assert observed == set(range(2, 9)), f"lengths must be 2 to 8, not {sorted(observed)}"
+
+
+# ------------------------------------------------------------------------------------------- labels
+def test_the_higher_reward_wins_and_ties_are_dropped_and_counted():
+    """Deterministic labels: in each pair of a prompt's completions, the higher reward wins.
+
+    An exact tie is no pair, and it is counted: a loop over all pairs.
+    """
+    reward = torch.randint(0, 4, (7, 5), generator=generator(1)) / 3.        # 7 prompts, K = 5
+    expected, ties = [], 0
+    for n, row in enumerate(reward.tolist()):
+        for i, j in itertools.combinations(range(5), 2):
+            if row[i] == row[j]:
+                ties += 1
+                continue
+            w, l = (i, j) if row[i] > row[j] else (j, i)
+            expected.append((5 * n + w, 5 * n + l))
+    winner, loser, dropped = data.label_pairs(reward, "deterministic", .3, generator(2))
+    assert dropped == ties > 0, f"{dropped} ties are dropped, but there are {ties}"
+    agree(torch.stack([winner, loser], 1), torch.tensor(expected),
+          "the completion with the higher true reward must win: are winner and loser swapped, or "
+          "are the rows those of another prompt?")
+
+
+def test_labels_follow_bradley_terry_at_their_temperature():
+    """Eq. 1: y_1 beats y_2 in a share sigma((r_1 - r_2) / tau) of the pairs.
+
+    The tolerance is 4 standard deviations. A tie is a coin flip, and none is dropped.
+    """
+    rewards = [.2, .9, .2, .55]
+    tau, count = .45, 4000
+    reward = torch.tensor([rewards]).double().expand(count, 4)
+    winner, loser, dropped = data.label_pairs(reward, "bt", tau, generator(5))
+    assert dropped == 0 and len(winner) == 6 * count, \
+        f"{dropped} ties dropped, {len(winner)} pairs instead of {6 * count}: a tie is a coin flip"
+    for i, j in itertools.combinations(range(4), 2):
+        share = ((winner % 4 == i) & (loser % 4 == j)).sum().item() / count
+        p = sigma((rewards[i] - rewards[j]) / tau)
+        assert abs(share - p) < 4 * (p * (1 - p) / count) ** .5, \
+            f"{rewards[i]} must beat {rewards[j]} in {p:.3f} of the pairs, not in {share:.3f}: " \
+            "is tau wrong?"
+
+
+# ------------------------------------------------------------------------------------------ batches
+def random_preferences(seed):
+    """Random `Preferences`: 11 prompts with 4 completions each, responses of 2 to 9 tokens.
+
+    All completions of prompts 2 and 7 have the same reward, so these prompts have no pair.
+    """
+    length = torch.randint(2, 10, (44, 1), generator=generator(seed))
+    length[20:24] = 3                                        # every response to prompt 5
+    reward = torch.randint(0, 3, (11, 4), generator=generator(seed + 1)) / 2.
+    reward[[2, 7]] = .5
+    winner, loser, _ = data.label_pairs(reward, "deterministic", 1., generator(0))
+    ids = torch.randint(0, 30, (44, 13), generator=generator(seed + 2))
+    columns = torch.arange(13)
+    mask = (columns >= 3) & (columns < 3 + length)
+    return data.Preferences(ids, mask, normal(44, seed=seed), winner, loser, 4)
+
+
+def contents(preferences, pair, width):
+    """The winner's row, then the loser's: its first `width` tokens, then log pi_ref of the row.
+
+    `pair` holds two row numbers. Tokens outside the mask are -1.
+    """
+    rows = []
+    for n in pair:
+        tokens = preferences.ids[n, :width].where(preferences.mask[n, :width], -1)
+        rows.append(tokens.tolist() + [preferences.ref[n].item()])
+    return rows
+
+
+def test_a_batch_of_prompts_holds_the_same_pairs():
+    """App. B: the pairs of a batch, which index its completions, are the pairs of its prompts.
+
+    Tokens, masks and log pi_ref are the same, and there is no other pair.
+    """
+    preferences = random_preferences(seed=3)
+    prompts = torch.tensor([8, 0, 2, 5])
+    batch = data.prompt_batch(preferences, prompts)
+    width = batch.ids.shape[1]
+    expected = []
+    for prompt in prompts:
+        for pair in zip(preferences.winner, preferences.loser):
+            if pair[0] // 4 == prompt:
+                expected.append(contents(preferences, pair, width))
+    result = [contents(batch, pair, width) for pair in zip(batch.winner, batch.loser)]
+    assert result == expected, \
+        f"the {len(result)} pairs of the batch must be the {len(expected)} pairs of its prompts, " \
+        "in the same order"
+    response_tokens = preferences.mask.view(11, 4, 13)[prompts].sum()
+    assert batch.mask.sum() == response_tokens, "response tokens of the batch were cut off"
+
+
+def test_an_epoch_holds_each_prompt_once():
+    """Each prompt with a pair is in exactly one batch of an epoch.
+
+    No batch is larger than asked for. Another generator gives another order.
+    """
+    preferences = random_preferences(seed=3)
+    batches = data.prompt_batches(preferences, 2, generator(1), window=2)
+    other_order = data.prompt_batches(preferences, 2, generator(2), window=2)
+    prompts = torch.cat(batches).tolist()
+    with_pairs = set((preferences.winner // 4).tolist())
+    assert sorted(prompts) == sorted(with_pairs), \
+        f"an epoch must hold each prompt with pairs once, not {sorted(prompts)}"
+    assert max(len(batch) for batch in batches) == 2, "batches must have at most 2 prompts"
+    assert prompts != torch.cat(other_order).tolist(), "the order of the prompts must be random"
+
+
+def test_prompts_of_like_length_go_together():
+    """Within a window of batches, prompts are sorted by their longest response.
+
+    So little filler is computed.
+    """
+    preferences = random_preferences(seed=3)
+    longest = preferences.mask.sum(1).view(11, 4).amax(1)                    # (11,)
+    batches = data.prompt_batches(preferences, 2, generator(1), window=100)
+    ranges = []
+    for batch in batches:
+        ranges.append((int(longest[batch].min()), int(longest[batch].max())))
+    ranges.sort()
+    for shorter, longer in itertools.pairwise(ranges):
+        assert shorter[1] <= longer[0], \
+            f"the lengths of batches in one window must not overlap: {ranges}"
