@@ -447,6 +447,36 @@ def check_finite(statistics: dict[str, float]) -> None:
         raise FloatingPointError(f"{', '.join(names)} not finite")
 
 
+def evaluation_row(setup: Setup, policy: GPT, run: Run, step: int, is_final: bool,
+                   seconds: float, recent: list[dict]) -> dict:
+    """A row of results: the evaluation, and the means of the statistics since the one before."""
+    samples = setup.cfg.eval_samples if is_final else -(-setup.cfg.eval_samples // 4)
+    numbers = evaluate(setup, policy, samples, *run, step)
+    check_finite(numbers)
+    numbers.update(seconds=seconds, **mean_over_steps(recent))
+    print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}:",
+          *(f"{name} {x:.3g} " for name, x in numbers.items() if name[-3:] != "_se"), flush=True)
+    return {**run._asdict(), "step": step, "final": is_final, **numbers}
+
+
+def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterator[dict],
+              result: dict) -> None:
+    """Train, and evaluate the policy on the way; `result` gets step, rows and checkpoints."""
+    recent, seconds, start = [], 0., time.perf_counter()
+    for step, statistics in enumerate(progress, 1):
+        seconds += time.perf_counter() - start
+        result["step"] = step
+        check_finite(statistics)
+        recent.append(statistics)
+        if step == steps or step % -(-steps // setup.cfg.evaluations) == 0:
+            row = evaluation_row(setup, policy, run, step, step == steps, seconds, recent)
+            result["rows"].append(row)
+            recent = []
+            if run.method in KEEP_CHECKPOINTS:
+                result["checkpoints"].append((step, cpu_state_dict(policy)))
+        start = time.perf_counter()
+
+
 @cached
 def train_policy(setup: Setup, run: Run, train: Callable, trained_on: Callable) -> dict:
     """Train and evaluate one policy: its `rows` of results, `checkpoints` and final `policy`.
@@ -454,31 +484,15 @@ def train_policy(setup: Setup, run: Run, train: Callable, trained_on: Callable) 
     `train` and `trained_on` are those of METHODS. A number that is not finite, or an error of a
     student's loss, ends the run: it keeps its rows, and `failure` gives the reason.
     """
-    cfg, policy = setup.cfg, copy.deepcopy(setup.ref).requires_grad_(True)
+    policy = copy.deepcopy(setup.ref).requires_grad_(True)
     steps, progress = train(setup, policy, run, trained_on)
-    result = {**run._asdict(), "rows": [], "checkpoints": [], "policy": {}, "failure": None}
-    recent, seconds, step, start = [], 0., 0, time.perf_counter()
+    result = {**run._asdict(), "step": 0, "rows": [], "checkpoints": [], "policy": {},
+              "failure": None}
     try:
-        for step, statistics in enumerate(progress, 1):
-            seconds += time.perf_counter() - start
-            check_finite(statistics)
-            recent.append(statistics)
-            if step == steps or step % -(-steps // cfg.evaluations) == 0:
-                samples = cfg.eval_samples if step == steps else -(-cfg.eval_samples // 4)
-                numbers = evaluate(setup, policy, samples, *run, step)
-                check_finite(numbers)
-                numbers.update(seconds=seconds, **mean_over_steps(recent))
-                recent = []
-                result["rows"].append({**run._asdict(), "step": step, "final": step == steps,
-                                       **numbers})
-                if run.method in KEEP_CHECKPOINTS:
-                    result["checkpoints"].append((step, cpu_state_dict(policy)))
-                print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}/{steps}:",
-                      *(f"{name} {x:.3g} " for name, x in numbers.items() if name[-3:] != "_se"),
-                      flush=True)
-            start = time.perf_counter()
+        run_steps(setup, policy, run, steps, progress, result)
     except (FloatingPointError, LossError) as error:
-        return {**result, "failure": {**run._asdict(), "step": step, "reason": str(error)}}
+        failure = {**run._asdict(), "step": result["step"], "reason": str(error)}
+        return {**result, "failure": failure}
     return {**result, "policy": cpu_state_dict(policy)}
 
 

@@ -81,7 +81,7 @@ def reference_forgotten(original, pair, beta):
 @plant("the reference has the wrong sign",
        "dpo.dpo_loss",
        "dpo_is_the_reward_model_loss_of_the_implicit_reward",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def reference_sign_flipped(original, pair, beta):
     return original(pair._replace(ref_w=-pair.ref_w, ref_l=-pair.ref_l), beta)
 
@@ -89,7 +89,7 @@ def reference_sign_flipped(original, pair, beta):
 @plant("chosen and rejected are swapped",
        "dpo.dpo_loss",
        "the_gradient_in_log_probabilities_is_the_slope_of_the_loss",
-       "test_dpo_loss_and_gradient",
+       "test_dpo_loss", "test_dpo_gradient",
        "with_deterministic_labels_the_loss_falls_for_ever_along_the_true_reward",
        "with_deterministic_labels_training_on_raises_the_margin_and_the_kl")
 def chosen_and_rejected_swapped(original, pair, beta):
@@ -100,7 +100,7 @@ def chosen_and_rejected_swapped(original, pair, beta):
 @plant("beta is outside the sigmoid",
        "dpo.dpo_loss",
        "minimising_dpo_over_all_policies_gives_equation_4",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def beta_outside_the_sigmoid(original, pair, beta):
     return beta * original(pair, 1.)
 
@@ -109,7 +109,7 @@ def beta_outside_the_sigmoid(original, pair, beta):
        "dpo.dpo_loss",
        "dpo_loss_agrees_with_extended_precision",
        "section_4s_gradient_is_the_slope_of_the_loss_in_theta",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def sigma_for_log_sigma(original, pair, beta):
     return -(-original(pair, beta)).exp()
 
@@ -125,7 +125,7 @@ def reference_not_frozen(original, function, ids, mask, batch=512):
 # ------------------------------------------------------------------ more bugs of loss and gradient
 @plant("log(sigmoid(u)) instead of logsigmoid(u): infinite where sigma underflows",
        "dpo.dpo_loss",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def log_of_sigmoid(original, pair, beta):
     u = beta * (pair.logp_w - pair.ref_w - pair.logp_l + pair.ref_l)
     return -torch.log(torch.sigmoid(u))
@@ -134,7 +134,7 @@ def log_of_sigmoid(original, pair, beta):
 @plant("DPO divides log-probabilities by lengths",
        "dpo.dpo_loss",
        "autograd_agrees_with_the_gradient_by_hand_and_gives_the_lengths_none",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def loss_of_length_means(original, pair, beta):
     logp_w = pair.logp_w / pair.len_w
     logp_l = pair.logp_l / pair.len_l
@@ -144,7 +144,7 @@ def loss_of_length_means(original, pair, beta):
 @plant("the loss is already reduced over the batch",
        "dpo.dpo_loss",
        "losses_are_one_number_per_pair_and_keep_float64",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def loss_reduced(original, pair, beta):
     return original(pair, beta).mean().expand(len(pair.logp_w))
 
@@ -160,7 +160,7 @@ def reference_of_the_winner_alone(original, pair, beta):
 @plant("the weight of the gradient is sigma(rhat_w - rhat_l), large for pairs ranked right",
        "dpo.dpo_gradient",
        "the_gradient_is_weighed_by_how_wrongly_the_implicit_reward_ranks",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def gradient_weight_of_the_right_order(original, pair, beta):
     gradient_w, gradient_l = original(pair, beta)
     return -beta - gradient_w, beta - gradient_l
@@ -169,7 +169,7 @@ def gradient_weight_of_the_right_order(original, pair, beta):
 @plant("the gradient lacks its factor beta",
        "dpo.dpo_gradient",
        "at_the_reference_the_loss_is_log_2_but_the_gradient_is_not_0",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def gradient_without_beta(original, pair, beta):
     gradient_w, gradient_l = original(pair, beta)
     return gradient_w / beta, gradient_l / beta
@@ -178,7 +178,7 @@ def gradient_without_beta(original, pair, beta):
 @plant("the gradient in logits is at its token instead of one position before it",
        "dpo.dpo_gradient_logits",
        "the_gradient_in_logits_is_the_slope_of_the_loss",
-       "test_dpo_loss_and_gradient")
+       "test_dpo_loss", "test_dpo_gradient")
 def logit_gradient_not_shifted(original, logits, ids, mask, coefficient):
     return original(logits, ids, mask, coefficient).roll(1, 1)
 

@@ -12,7 +12,7 @@ from planting import plant
        "a_smaller_beta_moves_further_from_the_reference_for_more_reward",
        "test_objective_and_optimum",
        "direct_ascent_on_equation_3_finds_equation_4",
-       "test_dpo_loss_and_gradient",
+       "test_dpo_loss", "test_dpo_gradient",
        "test_equivalent_rewards",
        "test_ppo_fixed_point",
        "with_deterministic_labels_beta_no_longer_selects_the_optimum",

@@ -50,7 +50,7 @@ def test_the_loss_falls():
     assert losses[-1] < losses[0]
 '''
 THREE_THEOREMS = '''
-from test_dpo_loss_and_gradient import (
+from test_dpo_gradient import (
     test_the_gradient_in_log_probabilities_is_the_slope_of_the_loss,
     test_the_reference_receives_no_gradient)
 from test_log_probabilities import test_probabilities_of_all_responses_sum_to_one

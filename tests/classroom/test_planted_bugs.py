@@ -11,7 +11,7 @@ import mutants
 
 MODULES = (
     "test_true_reward", "test_preferences", "test_log_probabilities", "test_sampler",
-    "test_objective_and_optimum", "test_dpo_loss_and_gradient", "test_equivalent_rewards",
+    "test_objective_and_optimum", "test_dpo_loss", "test_dpo_gradient", "test_equivalent_rewards",
     "test_rankings_and_baselines", "test_frontier", "test_reward_model_and_ppo",
     "test_ppo_update", "test_ppo_fixed_point",
 )

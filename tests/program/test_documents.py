@@ -31,20 +31,20 @@ INLINE_CODE = re.compile(r"`([^`]+)`")
 NOT_RUN = {    # command -> the reason why no test runs it
     "python -m pytest": "it is this run of the tests, with this test in it",
     "python -m tests.kill": "half an hour",
+    "python -m tests.benchmark": "test_benchmark.py runs it",
     "python train.py --preset paper --seeds 3": "two hours: the published run",
     "torchrun --nnodes 2 --nproc-per-node 4 train.py --out SHARED": "it needs two machines",
 }
 SMALL = {    # word of a command -> flags that are added, to make it small
-    "train.py": "--preset tiny --device cpu --workers 2",
+    "train.py": "--preset tiny --device cpu --workers 1",
     "--study": "--ppo-steps 2",
     "tests/theorems": "--collect-only",    # these tests take minutes, and are in this run anyway
     "tests/classroom/test_planted_bugs.py": "--collect-only",
     "equation_4": "--collect-only",
     "tests.mutant": "--device cpu",
-    "tests.benchmark": "--seconds .001 --rounds 1 --workers 1 --rows 64",
 }
 KINDS = ("train.py --loss", "--pairs", "pytest --loss", "tests.mutant", "tests.score",
-         "tests.starter", "-m plots", "tests.benchmark")
+         "tests.starter", "-m plots")
 STUDENT_LOSS = """
 def {name}(pair, beta):
     h = (pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)
@@ -68,17 +68,26 @@ def find_commands(text):
     return [part for part in parts if part.startswith(("python ", "torchrun "))]
 
 
+def small(command):
+    """The words of a command, made small by the flags of SMALL, each flag once."""
+    words = command.replace("FOLDER", "folder").split()
+    for word, flags in SMALL.items():
+        if word in words:
+            words += flags.split()
+    return words
+
+
 FOUND = [*find_commands(README), *find_commands(FINDINGS), *find_commands(GUIDE_TO_TESTS)]
-COMMANDS = [command for command in dict.fromkeys(FOUND) if command not in NOT_RUN]
+DIFFERENT = {frozenset(small(command)): command for command in FOUND if command not in NOT_RUN}
+COMMANDS = list(DIFFERENT.values())    # of commands that are equal when small, one
 
 
 def checkout(folder):
     """Copy the repository, and add the files that the commands name, as a student has them."""
     ignored = shutil.ignore_patterns("runs", ".git", "__pycache__", ".pytest_cache", "*.png")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    losses = [STUDENT_LOSS.format(name=name) for name in ("ipo", "my_loss", "mine")]
-    (folder / "my_loss.py").write_text(losses[0] + losses[1])
-    (folder / "mine.py").write_text(losses[2])
+    losses = [STUDENT_LOSS.format(name=name) for name in ("ipo", "my_loss")]
+    (folder / "my_loss.py").write_text("".join(losses))
     (folder / "my_tests.py").write_text("def test_nothing():\n    pass\n")
     (folder / "my_pairs.jsonl").write_text(json.dumps(STUDENT_PAIR) + "\n")
     (folder / "runs" / "default").mkdir(parents=True)
@@ -89,10 +98,7 @@ def checkout(folder):
 
 def run(command, folder):
     """Run a command in a checkout, made small by the flags of SMALL; returns the process."""
-    words = command.replace("FOLDER", "folder").split()
-    for word, flags in SMALL.items():
-        if word in words:
-            words += flags.split()
+    words = small(command)
     environment = {**os.environ}
     environment.pop("RANK", None)
     environment.pop("WORLD_SIZE", None)

@@ -16,7 +16,7 @@ import train
 from plots import cost
 
 ROOT = pathlib.Path(train.__file__).parent
-NO_NETWORK = ROOT / "tests" / "no_network"    # a hook that ends any process that opens a socket
+RESTRICTED = ROOT / "tests" / "restricted"    # a hook: no network, nothing that only Unix has
 COLUMNS = {"method", "setting", "seed", "step", "final", "reward", "reward_se", "kl", "kl_se",
            "optimal_reward", "share", "share_se", "seconds", "config"}
 FIGURES = {"frontier", "inside", "best_of_n", "degeneration", "winrate", "domains", "judges",
@@ -25,12 +25,12 @@ STAGES_BEFORE_RUNS = ("write-corpus", "learn-tokenizer", "train-reference", "ref
 
 
 # ------------------------------------------------------------------------------- running train.py
-def run(out, *flags, python_path=NO_NETWORK):
+def run(out, *flags):
     """Run `python train.py --preset tiny` in a process -> its exit code and all that it printed.
 
-    The sitecustomize.py in the folder `python_path` is active in every process of the run.
+    The sitecustomize.py in the folder RESTRICTED is active in every process of the run.
     """
-    environment = {**os.environ, "PYTHONPATH": str(python_path)}
+    environment = {**os.environ, "PYTHONPATH": str(RESTRICTED)}
     environment.pop("RANK", None)
     environment.pop("WORLD_SIZE", None)
     command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--device", "cpu",
@@ -84,13 +84,18 @@ def test_a_run_writes_results_optimum_preferences_figure_and_table(tiny):
     assert {"prompt", "chosen", "rejected"} <= set(preferences[0])
 
 
+def test_the_tiny_experiment_runs_without_modules_that_only_unix_has(tiny):
+    """Two spawned workers complete the run under the hook (its control is in test_portability)."""
+    assert (tiny[0] / "results.jsonl").exists()
+
+
 def test_no_test_here_needs_a_network():
     """All runs of this file are under a hook that ends any process that opens a socket.
 
     This is the control: the hook does end such a process.
     """
     control = subprocess.run([sys.executable, "-c", "import socket; socket.socket()"],
-                             env={"PYTHONPATH": str(NO_NETWORK)}, capture_output=True)
+                             env={"PYTHONPATH": str(RESTRICTED)}, capture_output=True)
     assert control.returncode == 99 and b"socket.__new__" in control.stderr
 
 

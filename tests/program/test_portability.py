@@ -1,11 +1,16 @@
-"""Nothing in this repository needs what only Unix systems have (fcntl, resource, os.sysconf)."""
+"""Nothing in this repository needs what only Unix systems have (fcntl, resource, os.sysconf).
+
+The experiment under the same hook is in test_experiment.py.
+"""
 import os
+import pathlib
 import subprocess
 import sys
 
-from test_experiment import ROOT, run
+import dpo
 
-NO_UNIX = ROOT / "tests" / "no_unix"    # a hook that removes those modules and functions
+ROOT = pathlib.Path(dpo.__file__).resolve().parent
+RESTRICTED = ROOT / "tests" / "restricted"    # a hook that removes those modules and functions
 FOLDERS = ["", "tests", "tests/theorems", "tests/program", "tests/classroom"]
 IMPORT_ALL = """
 import importlib, sys
@@ -29,7 +34,7 @@ def modules():
 
 def run_python(code, *arguments):
     """`python -c code` under the hook -> all that it printed."""
-    paths = [NO_UNIX, *(ROOT / folder for folder in FOLDERS)]
+    paths = [RESTRICTED, *(ROOT / folder for folder in FOLDERS)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     process = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment,
                              capture_output=True, text=True, timeout=120)
@@ -41,12 +46,6 @@ def test_the_hook_removes_what_only_unix_has():
     for code in ("import fcntl", "import resource"):
         assert "ModuleNotFoundError" in run_python(code)
     assert "AttributeError" in run_python("import os; os.sysconf")
-
-
-def test_the_tiny_experiment_runs_without_modules_that_only_unix_has(tmp_path):
-    """Two workers complete the experiment under the hook."""
-    code, printed = run(tmp_path / "run", "--workers", 2, python_path=NO_UNIX)
-    assert code == 0, printed
 
 
 def test_every_module_imports_without_modules_that_only_unix_has():

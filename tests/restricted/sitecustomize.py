@@ -1,8 +1,9 @@
-"""End any Python process that opens a socket or looks up a name.
+"""End any Python process that uses the network, and remove from Python what only Unix systems have.
 
 With this folder in PYTHONPATH, Python imports this file at every start, also in worker processes.
 """
 import os
+import signal
 import sys
 
 
@@ -14,3 +15,8 @@ def forbid_network(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(forbid_network)
+for module in ("fcntl", "resource"):
+    sys.modules[module] = None    # an import raises ImportError
+for function in ("sysconf", "fork", "killpg"):
+    delattr(os, function)
+del signal.SIGKILL
