@@ -21,7 +21,9 @@ UNUSED_TARGETS = {
 }
 WITHOUT_EFFECT = {
     "reference_not_frozen", "loss_reduced", "half_precision_kept", "float64_narrowed",
-    "tau_forgotten", "roll_out_with_gradients",
+    "tau_forgotten", "roll_out_with_gradients", "user_pairs_ignored", "nan_ignored",
+    "noise_of_the_kl_forgotten", "rate_above_its_peak", "values_decay", "policy_loss_summed",
+    "default_eps",
 }
 
 

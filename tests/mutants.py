@@ -18,3 +18,4 @@ import mutants_of_the_optimum  # noqa: E402, F401
 import mutants_of_the_model  # noqa: E402, F401
 import mutants_of_the_task  # noqa: E402, F401
 import mutants_of_ppo  # noqa: E402, F401
+import mutants_of_the_experiment  # noqa: E402, F401

@@ -1,4 +1,6 @@
 """Planted bugs of the reward model and of PPO. See mutants.py."""
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,8 @@ from planting import plant
 @plant("the reward model learns the loser",
        "ppo.reward_model_loss",
        "reward_model_loss_is_the_negative_log_of_equation_1",
-       "reward_model_gradient_is_the_probability_of_the_wrong_order")
+       "reward_model_gradient_is_the_probability_of_the_wrong_order",
+       "the_reward_model_ends_at_reward_over_tau_up_to_a_constant_of_the_prompt")
 def reward_pair_swapped(original, r_w, r_l):
     return original(r_l, r_w)
 
@@ -34,7 +37,9 @@ def critic_shares_weights(original, critic, gpt):
 
 @plant("values and rewards do not start at 0",
        "ppo.ScalarModel.__init__",
-       "a_scalar_model_starts_at_zero")
+       "a_scalar_model_starts_at_zero",
+       "a_constant_reward_ranks_no_pair",
+       "without_fitted_values_ppo_follows_the_trace_from_zero")
 def head_starts_anywhere(original, critic, gpt):
     original(critic, gpt)
     torch.nn.init.normal_(critic.head.weight)
@@ -70,7 +75,8 @@ def penalty_rewards_kl(original, score, logp, ref_logp, mask, coefficient):
 
 @plant("a value is read at its token, which it then knows",
        "ppo.states_before_tokens",
-       "the_value_of_a_token_is_read_before_it")
+       "the_value_of_a_token_is_read_before_it",
+       "fitted_values_are_expected_scores_at_every_prefix")
 def value_at_the_token(original, critic, ids):
     return critic.gpt.hidden(ids)
 
@@ -201,3 +207,75 @@ def roll_out_with_gradients(original, *arguments):
 def old_policy_is_the_reference(original, *arguments):
     rollout = original(*arguments)
     return rollout._replace(logp=rollout.ref_logp)
+
+
+# -------------------------------------------------------------------------------------- the loops
+@plant("the learning rate may exceed its peak",
+       "model.lr_schedule",
+       "the_learning_rate_has_its_hand_computed_values")
+def rate_above_its_peak(original, optimizer, steps):
+    def factor(step):
+        return min((step + 1) / (.1 * steps), (steps - step) / (.9 * steps))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@plant("the reward model does not clear the gradients of earlier batches",
+       "ppo.train_reward_model",
+       "the_reward_model_follows_the_trace_of_equation_2")
+def gradients_not_cleared(original, *arguments):
+    with mock.patch("torch.optim.Optimizer.zero_grad"):
+        return original(*arguments)
+
+
+@plant("the values are fitted with the default weight decay of AdamW",
+       "ppo.fit_values",
+       "fitted_values_follow_the_trace_of_a_regression")
+def values_decay(original, *arguments):
+    adamw = torch.optim.AdamW
+
+    def with_default_decay(parameters, weight_decay, **options):
+        return adamw(parameters, **options)
+
+    with mock.patch("torch.optim.AdamW", with_default_decay):
+        return original(*arguments)
+
+
+@plant("the policy loss is summed over the tokens of a minibatch instead of averaged",
+       "ppo.ppo_update",
+       "an_update_follows_the_trace_of_clipped_minibatches")
+def policy_loss_summed(original, *arguments):
+    mean_loss = ppo.policy_loss
+
+    def sum_loss(logp, *options):
+        return mean_loss(logp, *options) * len(logp)
+
+    with mock.patch("ppo.policy_loss", sum_loss):
+        return original(*arguments)
+
+
+@plant("Adam has its default eps in PPO, 1e-8",
+       "ppo.train_ppo",
+       "ppo_follows_the_trace_of_its_recipe")
+def default_eps(original, *arguments):
+    adam = torch.optim.Adam
+
+    def with_default_eps(parameters, eps, **options):
+        return adam(parameters, **options)
+
+    with mock.patch("torch.optim.Adam", with_default_eps):
+        yield from original(*arguments)
+
+
+@plant("the controller sees the sum of the batch's KLs instead of their mean",
+       "ppo.train_ppo",
+       "ppo_follows_the_trace_of_its_recipe",
+       "ppo_arrives_at_the_target_kl_and_at_equation_4_of_its_own_price")
+def controller_sees_the_sum(original, *arguments):
+    adapt = ppo.adapt_coefficient
+
+    def adapt_to_the_sum(coefficient, kl, target, episodes, horizon):
+        return adapt(coefficient, kl * episodes, target, episodes, horizon)
+
+    with mock.patch("ppo.adapt_coefficient", adapt_to_the_sum):
+        yield from original(*arguments)

@@ -1,4 +1,7 @@
 """Planted bugs of the model, its log-probabilities, fine-tuning and the sampler. See mutants.py."""
+import contextlib
+from unittest import mock
+
 import torch
 
 import model
@@ -126,6 +129,60 @@ def fit_learns_filler(original, gpt, ids, lengths, batches, lr):
     return original(gpt, ids, full_width, batches, lr)
 
 
+@plant("the mask of fine-tuning reaches one token past the end of each text",
+       "train.sft",
+       "what_follows_the_end_of_a_text_has_no_influence_on_sft",
+       "sft_is_adamw_on_the_mean_nats_a_token_with_clipped_gradients")
+def fit_one_token_too_far(original, gpt, ids, lengths, batches, lr):
+    one_more = (lengths + 1).clamp(max=ids.shape[1])
+    return original(gpt, ids, one_more, batches, lr)
+
+
+@plant("the loss of fine-tuning is a mean over each text, so the tokens of short texts count more",
+       "train.sft",
+       "sft_ends_at_the_conditional_frequencies_of_the_corpus",
+       "sft_is_adamw_on_the_mean_nats_a_token_with_clipped_gradients")
+def fit_mean_of_texts(original, *arguments):
+    def mean_logp(gpt, ids, mask):
+        length = mask.sum(1, keepdim=True)
+        return model.response_token_logp(gpt, ids, mask) / length * length.float().mean()
+
+    with mock.patch("train.response_token_logp", mean_logp):
+        return original(*arguments)
+
+
+@plant("the loss of fine-tuning is a mean where its sum is divided by the number of tokens",
+       "train.sft",
+       "sft_is_adamw_on_the_mean_nats_a_token_with_clipped_gradients")
+def fit_mean_for_sum(original, *arguments):
+    def scaled_logp(gpt, ids, mask):
+        return model.response_token_logp(gpt, ids, mask) / mask.numel()
+
+    with mock.patch("train.response_token_logp", scaled_logp):
+        return original(*arguments)
+
+
+@contextlib.contextmanager
+def with_weight_decay():
+    """Context in which AdamW has weight decay, whatever its caller asks for."""
+    adamw = torch.optim.AdamW
+
+    def decaying(parameters, **options):
+        return adamw(parameters, **{**options, "weight_decay": 1.})
+
+    with mock.patch("torch.optim.AdamW", decaying):
+        yield
+
+
+@plant("fine-tuning has weight decay",
+       "train.sft",
+       "sft_is_adamw_on_the_mean_nats_a_token_with_clipped_gradients",
+       "sft_ends_at_the_conditional_frequencies_of_the_corpus")
+def fit_with_weight_decay(original, *arguments):
+    with with_weight_decay():
+        return original(*arguments)
+
+
 # ----------------------------------------------------------------------------------- the sampler
 @plant("the cache is off by one position",
        "model.GPT.hidden",
@@ -175,7 +232,8 @@ def response_too_long(original, gpt, prompts, lengths, max_tokens, *arguments, *
 
 @plant("the responses to one prompt are not consecutive",
        "model.generate",
-       "responses_to_a_prompt_stand_together")
+       "responses_to_a_prompt_stand_together",
+       "completions_are_responses_of_pi_ref_to_the_first_prompts_in_order")
 def respond_interleaved(original, gpt, prompts, count, *arguments, **options):
     ids, mask = original(gpt, prompts, count, *arguments, **options)
 

@@ -105,6 +105,7 @@ def slope_inverted(original, kl, frontier):
 @plant("the height of the frontier is that of the prompt with the lowest optimal reward",
        "dpo.optimal_frontier",
        "one_common_price_beats_a_price_for_each_prompt",
+       "the_optimum_of_the_evaluation_is_that_of_all_responses",
        "test_frontier")
 def frontier_of_the_worst_prompt(original, reward, betas):
     frontier = original(reward, betas)

@@ -112,7 +112,8 @@ def corpus_of_global_state(original, count, seed, domain="film"):
 
 @plant("a generator depends on the first of its names alone",
        "data.rng",
-       "generators_of_other_names_are_other_generators")
+       "generators_of_other_names_are_other_generators",
+       "pi_ref_is_trained_on_every_review_once_an_epoch_in_an_order_of_its_own")
 def generator_of_one_name(original, *names):
     return original(names[0])
 
@@ -152,6 +153,7 @@ def bradley_terry_of_ratios(original, r_1, r_2):
        "data.label_pairs",
        "the_higher_reward_wins_and_ties_are_dropped_and_counted",
        "labels_follow_bradley_terry_at_their_temperature",
+       "the_labels_of_a_prompt_compare_its_completions_by_the_true_reward",
        "with_deterministic_labels_training_on_raises_the_margin_and_the_kl")
 def labels_swapped(original, *arguments):
     winner, loser, ties = original(*arguments)
@@ -160,7 +162,8 @@ def labels_swapped(original, *arguments):
 
 @plant("ties are kept, and the earlier response wins",
        "data.label_pairs",
-       "the_higher_reward_wins_and_ties_are_dropped_and_counted")
+       "the_higher_reward_wins_and_ties_are_dropped_and_counted",
+       "completions_that_all_tie_are_no_preferences")
 def ties_kept(original, reward, *arguments):
     tie_breaker = 1e-9 * torch.arange(reward.shape[1])
     return original(reward.double() - tie_breaker, *arguments)
@@ -168,7 +171,8 @@ def ties_kept(original, reward, *arguments):
 
 @plant("labels forget tau",
        "data.label_pairs",
-       "labels_drawn_by_the_code_follow_bradley_terry_at_reward_over_tau")
+       "labels_drawn_by_the_code_follow_bradley_terry_at_reward_over_tau",
+       "labels_are_drawn_at_the_temperature_of_the_configuration")
 def tau_forgotten(original, reward, mode, tau, generator):
     return original(reward, mode, 1., generator)
 

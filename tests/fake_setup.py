@@ -1,0 +1,87 @@
+"""A small experiment in memory for the tests of train.py: no files, no workers, four sentences.
+
+The tokens are those of world.py. Every token but END is a sentence, so the true reward of a text is
+known without the code under test.
+
+    setup = fake_setup(ref=world.gpt(seed=1), corpus={"train": reviews(5, seed=1)}, lr=.01)
+"""
+import inspect
+import math
+from types import SimpleNamespace
+
+import torch
+
+import train
+import world
+
+SEED = 3    # of the configuration and of every run
+SENTENCES = ["The plot was superb. ", "The cast was dull. ", "The score was fine. ", "Well then. "]
+VALENCES = {0: 3., 1: -2., 2: 1.}    # token -> valence of its opinion; "Well then" is no opinion
+
+
+class Tokenizer:
+    """A tokenizer whose tokens 0 to 3 are the sentences; END ends a text."""
+    eot_token = world.END
+
+    def encode(self, text):
+        """Return the tokens of a text made of the sentences."""
+        return [SENTENCES.index(f"{sentence}. ") for sentence in text.split(". ")[:-1]]
+
+    def decode(self, ids):
+        """Return the text of tokens without END."""
+        return "".join(SENTENCES[token] for token in ids)
+
+
+class Stages:
+    """Stages in memory: each is computed once."""
+    def __init__(self):
+        self.values = {}
+
+    def get(self, setup, function, arguments):
+        """Return the value of a stage."""
+        function = inspect.unwrap(function)
+        if (function, arguments) not in self.values:
+            self.values[function, arguments] = function(setup, *arguments)
+        return self.values[function, arguments]
+
+    def get_all(self, setup, stages, report=False):
+        """Return the values of several stages (function, *arguments)."""
+        return [self.get(setup, function, tuple(arguments)) for function, *arguments in stages]
+
+
+def fake_setup(ref=None, corpus=None, preferences=None, **fields):
+    """Return a setup with this pi_ref, these reviews, and a user's preferences if given.
+
+    `fields` are the fields of the configuration that are not the default.
+    """
+    user_pairs = SimpleNamespace(preferences=preferences) if preferences else None
+    return SimpleNamespace(cfg=train.Config(**{"seed": SEED, **fields}), stages=Stages(),
+                           device="cpu", encoding=Tokenizer(), corpus=corpus, ref=ref,
+                           user_pairs=user_pairs)
+
+
+def reviews(count, seed):
+    """Return `count` random reviews of 8 to 10 sentences, most of them without an opinion."""
+    generator = world.generator(seed)
+    texts = []
+    for _ in range(count):
+        length = int(torch.randint(8, 11, (), generator=generator))
+        tokens = torch.randint(0, 9, (length,), generator=generator).clamp(max=3).tolist()
+        texts.append("".join(SENTENCES[token] for token in tokens))
+    return texts
+
+
+def true_reward(tokens):
+    """Return sigma(mean valence) of the opinions among these tokens; .5 if there is none.
+
+    Each opinion counts once.
+    """
+    valences = [VALENCES[token] for token in set(tokens) if token in VALENCES]
+    if not valences:
+        return .5
+    return 1 / (1 + math.exp(-sum(valences) / len(valences)))
+
+
+def numbers(values):
+    """Return a list of numbers as a tensor in float64, as world.agree compares them."""
+    return torch.tensor(values, dtype=torch.float64)
