@@ -8,11 +8,14 @@ What is simplified, and why:
   1. Reviews come from a grammar, not from IMDb: a laptop can learn it, and its reward has no error.
   2. The reward is a formula over parsed clauses, not a classifier: a clause that does not parse
      earns nothing.
-  3. Prompts have no beginning-of-text token: a model starts at a prompt of 2-8 tokens, as in the
-     paper.
 
-Every random choice takes a generator made from names (`rng`, `torch_rng`), so changing a loss never
-changes the data.
+As in the paper, a prompt is the first 2-8 tokens of a review, without a beginning-of-text token.
+There are many openings and all are short, so most prompts reach into the first opinion: each prompt
+has its own best responses, and its own Z(x). Restaurant reviews are in the corpus of pi_ref alone;
+no preference shows one (Table 1: out of distribution).
+
+Every random choice takes a generator made from names (`named_rng`, `named_generator`), so changing
+a loss never changes the data.
 """
 import hashlib
 import math
@@ -26,62 +29,95 @@ from tiktoken._educational import bpe_train
 from torch import Tensor
 
 # ----------------------------------------------------------------------------------- the language
-# domain -> (its openings, one word from each column; the aspects that opinions are about)
-DOMAINS = {
-    "film": (
-        [["I", "We", "My sister", "Two friends"], ["saw", "watched", "rented"],
-         ["this film", "this movie", "a thriller", "a comedy", "an old western"],
-         ["last night", "on Sunday", "on the train", "after dinner"]],
-        ["acting", "plot", "script", "score", "pacing", "ending", "cast", "humour", "editing",
-         "story", "villain", "finale"]),
-    "restaurant": (
-        [["I", "We", "My sister", "Two friends"], ["tried", "visited", "booked"],
-         ["this bistro", "the diner", "a tavern", "an old noodle bar"],
-         ["last night", "on Sunday", "on the way", "after the film"]],
-        ["soup", "service", "dessert", "menu", "wine", "bread", "music", "coffee", "pasta",
-         "waiter"]),
-}
+# An opening is an owner and a subject, "This western:", which tells the domain of a review.
+OWNERS = ["This", "That", "The", "Our", "My", "Your", "Their", "His", "Her", "One", "Another",
+          "Some", "Every", "Any", "Last", "First"]
+SUBJECTS = {    # domain -> what is reviewed
+    "film": ["western", "thriller", "comedy", "drama", "musical", "sequel", "remake", "cartoon",
+             "documentary", "romance", "mystery", "satire", "biopic", "epic", "fable", "farce",
+             "classic", "blockbuster", "prequel", "fantasy", "war film", "short film", "matinee",
+             "premiere"],
+    "restaurant": ["bistro", "diner", "tavern", "noodle bar", "bakery", "pizzeria", "canteen",
+                   "grill", "steakhouse", "brasserie", "buffet", "cafe"]}
+ASPECTS = {    # domain -> what opinions are about
+    "film": ["acting", "plot", "script", "score", "pacing", "ending", "cast", "humour", "editing",
+             "story", "villain", "finale"],
+    "restaurant": ["soup", "service", "dessert", "menu", "wine", "bread", "music", "coffee",
+                   "pasta", "waiter"]}
 VERBS = ["was", "felt", "seemed", "looked"]
 INTENSIFIERS = {"slightly": .5, "fairly": .7, "rather": .8, "really": 1.2, "truly": 1.4,
                 "utterly": 1.6}
-ADJECTIVES = {    # valence, from -3 to 3
-    "decent": 1, "fine": 1, "pleasant": 1, "solid": 1, "likeable": 1,
-    "charming": 2, "clever": 2, "gripping": 2, "elegant": 2, "witty": 2,
-    "brilliant": 3, "superb": 3, "dazzling": 3, "magnificent": 3,
-    "flat": -1, "thin": -1, "plain": -1, "slow": -1, "predictable": -1,
-    "dull": -2, "clumsy": -2, "bland": -2, "shallow": -2, "tedious": -2,
-    "awful": -3, "dreadful": -3, "appalling": -3, "excruciating": -3}
+ADJECTIVES = {    # domain -> adjective -> valence, from -3 to 3
+    "film": {
+        "decent": 1, "fine": 1, "pleasant": 1, "solid": 1, "likeable": 1,
+        "charming": 2, "clever": 2, "gripping": 2, "elegant": 2, "witty": 2,
+        "brilliant": 3, "superb": 3, "dazzling": 3, "magnificent": 3,
+        "flat": -1, "thin": -1, "plain": -1, "slow": -1, "predictable": -1,
+        "dull": -2, "clumsy": -2, "bland": -2, "shallow": -2, "tedious": -2,
+        "awful": -3, "dreadful": -3, "appalling": -3, "excruciating": -3},
+    "restaurant": {
+        "tasty": 1, "fresh": 1, "warm": 1, "tidy": 1, "generous": 1,
+        "delicious": 2, "delightful": 2, "inviting": 2, "tender": 2, "lovely": 2,
+        "exquisite": 3, "heavenly": 3, "sublime": 3, "divine": 3,
+        "cold": -1, "salty": -1, "stingy": -1, "noisy": -1, "greasy": -1,
+        "soggy": -2, "stale": -2, "sour": -2, "murky": -2, "grim": -2,
+        "revolting": -3, "inedible": -3, "ghastly": -3, "disgusting": -3}}
 NEGATION = -.6    # factor of "not": "not superb" is weaker than "dull"
 CONTRAST = 1.5    # weight of a clause after "but": it is what the reviewer concludes
 
 
 def one_of(words) -> str:
     """A regular expression that matches any of the words."""
-    return "(" + "|".join(words) + ")"
+    return "(?:" + "|".join(words) + ")"
 
 
-ASPECTS = sorted({aspect for _, aspects in DOMAINS.values() for aspect in aspects})
-OPINION = (rf"{one_of(ASPECTS)} {one_of(VERBS)}( not)?(?: {one_of(INTENSIFIERS)})? "
-           rf"{one_of(ADJECTIVES)}")
-OPENING = one_of(" ".join(map(one_of, columns)) for columns, _ in DOMAINS.values())
-CLAUSE = re.compile(rf"(The|and the|but the) {OPINION}")
-REVIEW = re.compile(rf"{OPENING}\.(?: The {OPINION}(?:, (?:and|but) the {OPINION})*\.)+")
+def opening_pattern(domain: str) -> str:
+    """A regular expression of an opening, "This western:"."""
+    return rf"{one_of(OWNERS)} {one_of(SUBJECTS[domain])}:"
+
+
+def opinion_pattern(domain: str) -> str:
+    """A regular expression of an opinion: aspect, verb, negation, intensifier, adjective."""
+    return (rf"(?P<aspect>{one_of(ASPECTS[domain])}) {one_of(VERBS)}(?P<negation> not)?"
+            rf"(?: (?P<intensifier>{one_of(INTENSIFIERS)}))? "
+            rf"(?P<adjective>{one_of(ADJECTIVES[domain])})")
+
+
+def review_pattern(domain: str) -> str:
+    """A regular expression of a whole review: an opening, then sentences of opinions."""
+    opinion = re.sub(r"\?P<\w+>", "?:", opinion_pattern(domain))    # names may not repeat
+    more = rf"(?:, (?:and|but) the {opinion})*\."
+    return rf"{opening_pattern(domain)} the {opinion}{more}(?: The {opinion}{more})*"
+
+
+OPENING = {domain: re.compile(opening_pattern(domain)) for domain in SUBJECTS}
+CLAUSE = {domain: re.compile(rf"(?:The|the|and the|but the) {opinion_pattern(domain)}")
+          for domain in SUBJECTS}
+REVIEW = {domain: re.compile(review_pattern(domain)) for domain in SUBJECTS}
+
+
+def domains_of(text: str) -> list[str]:
+    """The domain that the opening of a text tells; all domains if there is no opening."""
+    return [domain for domain in SUBJECTS if OPENING[domain].match(text)] or list(SUBJECTS)
 
 
 def parse_opinions(text: str) -> list[tuple[str, float, float]]:
     """The clauses of a text that parse, in order, as (aspect, valence, weight).
 
-    Only the first clause on each aspect counts.
+    Only opinions of the domain of its opening count, and only the first on each aspect.
     """
+    domains = domains_of(text)
     opinions = {}
-    for part in re.split(r"[.,] ?", text):
-        match = CLAUSE.fullmatch(part)
-        if match:
-            start, aspect, _, negated, intensifier, adjective = match.groups()
-            valence = ADJECTIVES[adjective] * INTENSIFIERS.get(intensifier, 1.)
-            valence *= NEGATION if negated else 1.
-            weight = CONTRAST if start == "but the" else 1.
-            opinions.setdefault(aspect, (aspect, valence, weight))
+    for part in re.split(r"[.,:] ?", text):
+        for domain in domains:
+            match = CLAUSE[domain].fullmatch(part)
+            if match:
+                aspect = match["aspect"]
+                valence = ADJECTIVES[domain][match["adjective"]]
+                valence *= INTENSIFIERS.get(match["intensifier"], 1.)
+                valence *= NEGATION if match["negation"] else 1.
+                weight = CONTRAST if part.startswith("but") else 1.
+                opinions.setdefault(aspect, (aspect, valence, weight))
     return list(opinions.values())
 
 
@@ -101,47 +137,50 @@ def sentiment(text: str) -> float:
 
 def is_grammatical(text: str) -> bool:
     """Whether a whole text is a review: one opening, then at least one sentence of opinions."""
-    return REVIEW.fullmatch(text) is not None
+    return any(REVIEW[domain].fullmatch(text) for domain in SUBJECTS)
 
 
-def write_opinion(aspect: str, positive: bool, r: random.Random) -> str:
+def write_opinion(domain: str, aspect: str, positive: bool, rng: random.Random) -> str:
     """A random opinion on an aspect, without the words that join it to the text before."""
-    negated = r.random() < .2
-    adjectives = [a for a, valence in ADJECTIVES.items() if (valence > 0) == (positive != negated)]
-    weights = [5 - abs(ADJECTIVES[a]) for a in adjectives]             # strong words are rarer
-    adjective = r.choices(adjectives, weights)[0]
-    intensifier = r.choice(list(INTENSIFIERS)) + " " if r.random() < .4 else ""
-    return f"{aspect} {r.choice(VERBS)} {'not ' if negated else ''}{intensifier}{adjective}"
+    negated = rng.random() < .2
+    is_good = positive != negated                                      # "not dull" is positive
+    valences = ADJECTIVES[domain]
+    adjectives = [word for word, valence in valences.items() if (valence > 0) == is_good]
+    weights = [5 - abs(valences[word]) for word in adjectives]         # strong words are rarer
+    adjective = rng.choices(adjectives, weights)[0]
+    intensifier = rng.choice(list(INTENSIFIERS)) + " " if rng.random() < .4 else ""
+    return f"{aspect} {rng.choice(VERBS)} {'not ' if negated else ''}{intensifier}{adjective}"
 
 
-def write_review(r: random.Random, domain: str = "film") -> str:
+def write_review(rng: random.Random, domain: str = "film") -> str:
     """A random review: an opening, then 3 or 4 opinions.
 
     A latent mood correlates the opinions of a review. "but" joins opinions that disagree, "and"
     opinions that agree.
     """
-    columns, aspects = DOMAINS[domain]
-    mood = r.choice([.25, .5, .75])                                    # P(an opinion is positive)
-    text = " ".join(r.choice(column) for column in columns)
+    mood = rng.choice([.25, .5, .75])                                    # P(an opinion is positive)
+    text = f"{rng.choice(OWNERS)} {rng.choice(SUBJECTS[domain])}"
     previous = None
-    for aspect in r.sample(aspects, r.choice([3, 4])):
-        positive = r.random() < mood
-        if previous is None or r.random() < .5:
+    for aspect in rng.sample(ASPECTS[domain], rng.choice([3, 4])):
+        positive = rng.random() < mood
+        if previous is None:
+            joint = ": the "
+        elif rng.random() < .5:
             joint = ". The "
         else:
             joint = ", and the " if positive == previous else ", but the "
-        text += joint + write_opinion(aspect, positive, r)
+        text += joint + write_opinion(domain, aspect, positive, rng)
         previous = positive
     return text + "."
 
 
-def rng(*names) -> random.Random:
+def named_rng(*names) -> random.Random:
     """A random generator that depends only on its names: the same names, the same numbers."""
     return random.Random(repr(names))
 
 
-def torch_rng(*names, device="cpu") -> torch.Generator:
-    """`rng` for tensors."""
+def named_generator(*names, device="cpu") -> torch.Generator:
+    """`named_rng` for tensors."""
     seed = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
     return torch.Generator(device).manual_seed(seed)
 
@@ -151,10 +190,10 @@ def write_corpus(count: int, seed: int, domain: str = "film") -> dict[str, list[
 
     Validation prompts are for tuning, test prompts for results.
     """
-    r = rng("corpus", domain, seed)
+    rng = named_rng("corpus", domain, seed)
     reviews = {}                                                       # a dict keeps the order
     while len(reviews) < count:
-        reviews[write_review(r, domain)] = None
+        reviews[write_review(rng, domain)] = None
     texts, a, b = list(reviews), int(.8 * count), int(.9 * count)
     return {"train": texts[:a], "validation": texts[a:b], "test": texts[b:]}
 
@@ -188,9 +227,9 @@ def pad(rows: list[list[int]], filler: int, width: int = 0) -> tuple[Tensor, Ten
     return ids, lengths
 
 
-def make_prompts(encoding, texts: list[str], r: random.Random) -> tuple[Tensor, Tensor]:
+def make_prompts(encoding, texts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
     """The first 2-8 tokens of each text (App. C.1) -> ids (B, 8), lengths (B,)."""
-    rows = [encoding.encode(text)[:r.randint(2, MAX_PROMPT_TOKENS)] for text in texts]
+    rows = [encoding.encode(text)[:rng.randint(2, MAX_PROMPT_TOKENS)] for text in texts]
     return pad(rows, encoding.eot_token, MAX_PROMPT_TOKENS)
 
 
@@ -249,40 +288,43 @@ class Preferences(NamedTuple):
     """
     ids: Tensor       # (C, T) prompt, response, filler
     mask: Tensor      # (C, T) response tokens
-    ref: Tensor       # (C,) log pi_ref(y|x), nats, computed once for all runs
+    ref_logp: Tensor  # (C,) log pi_ref(y|x), nats, computed once for all runs
     winner: Tensor    # (M,) rows of y_w
     loser: Tensor     # (M,) rows of y_l
-    k: int            # K, completions a prompt
+    k: int            # K, completions of a prompt
 
 
-def prompt_batch(data: Preferences, prompts: Tensor) -> Preferences:
-    """The completions and pairs of some prompts (n,), cut to the longest row (App. B).
+def select_prompts(preferences: Preferences, numbers: Tensor) -> Preferences:
+    """The completions and pairs of the prompts with these numbers (n,), as a batch (App. B).
 
-    The pairs index the rows of the batch.
+    The pairs index the rows of the batch; its width is that of its longest row.
     """
-    rows = (prompts[:, None] * data.k + torch.arange(data.k)).flatten()    # (n * K,)
-    bounds = torch.stack([prompts, prompts + 1])                           # (2, n)
-    bounds = torch.searchsorted(data.winner // data.k, bounds)
-    pairs = torch.cat([torch.arange(a, b) for a, b in bounds.T.tolist()])
+    ids, mask, ref_logp, winner, loser, k = preferences
+    rows = (numbers[:, None] * k + torch.arange(k)).flatten()              # (n * K,)
+    first, after_last = torch.searchsorted(winner // k, torch.stack([numbers, numbers + 1]))
+    pairs = torch.cat([torch.arange(a, b) for a, b in zip(first.tolist(), after_last.tolist())])
     row_in_batch = torch.full((int(rows.max()) + 1,), -1)
-    row_in_batch[rows] = torch.arange(len(rows))
-    mask = data.mask[rows]
-    width = int(mask.any(0).nonzero().max()) + 1
-    return Preferences(data.ids[rows, :width], mask[:, :width], data.ref[rows],
-                       row_in_batch[data.winner[pairs]], row_in_batch[data.loser[pairs]], data.k)
+    row_in_batch[rows] = torch.arange(len(rows))                           # old row -> new row
+    width = int(mask[rows].any(0).nonzero().max()) + 1
+    return Preferences(ids[rows, :width], mask[rows, :width], ref_logp[rows],
+                       row_in_batch[winner[pairs]], row_in_batch[loser[pairs]], k)
 
 
-def prompt_batches(data: Preferences, batch: int, generator: torch.Generator,
-                   window: int = 8) -> list[Tensor]:
-    """One epoch of batches of the prompts that have pairs, in random order; each (<= batch,).
+def shuffled_batches(preferences: Preferences, batch: int, generator: torch.Generator,
+                     window: int = 8) -> list[Tensor]:
+    """One epoch: batches of the numbers of all prompts that have pairs, in random order.
 
     Within a window of batches, prompts are sorted by length, so that less filler is computed.
+    Each batch is (batch,) or shorter, for `select_prompts`.
     """
-    length = data.mask.sum(1).view(-1, data.k).amax(1)                 # (N,) longest completion
-    prompts = (data.winner // data.k).unique()
-    prompts = prompts[torch.randperm(len(prompts), generator=generator)]
+    k = preferences.k
+    length = preferences.mask.sum(1).view(-1, k).amax(1)               # (N,) longest completion
+    numbers = (preferences.winner // k).unique()
+    if not len(numbers):
+        return []
+    numbers = numbers[torch.randperm(len(numbers), generator=generator)]
     batches = []
-    for part in prompts.split(batch * window):
+    for part in numbers.split(batch * window):
         batches += part[length[part].argsort(stable=True)].split(batch)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
@@ -331,7 +373,7 @@ def encode_preference(encoding, pair: dict, number: int) -> tuple:
 
 
 def encode_preferences(encoding, pairs: list[dict], max_tokens: int) -> Preferences:
-    """Preferences as tokens; `ref` is 0. Pairs of one group share their completions.
+    """Preferences as tokens; the caller fills in `ref_logp`. Pairs of a group share completions.
 
     A prompt with fewer completions than others repeats its last one. Raises ValueError that names
     the line.

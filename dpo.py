@@ -90,8 +90,9 @@ def dpo_gradient(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     right, so DPO stops pushing pairs that are already apart. Returns two tensors (B,).
     (Eq. 21-22 derive the same; they are printed with w and l exchanged in u, and so in the weight.)
     """
-    u = implicit_reward(pair.logp_w - pair.logp_l, pair.ref_w - pair.ref_l, beta)
-    weight = torch.sigmoid(-u)
+    rhat_w = implicit_reward(pair.logp_w, pair.ref_w, beta)
+    rhat_l = implicit_reward(pair.logp_l, pair.ref_l, beta)
+    weight = torch.sigmoid(rhat_l - rhat_w)
     return -beta * weight, beta * weight
 
 
@@ -151,30 +152,44 @@ def preferred_ft_loss(pair: Pair, beta: float) -> Tensor:
 
 
 # ------------------------------------------- the optimal frontier (Eq. 4 over sampled responses)
-def optimal_frontier(reward: Tensor, betas: Tensor) -> dict[str, list[float]]:
-    """The optimal (mean KL, mean reward) curve, estimated from samples of pi_ref.
+def balance_heuristic(ref_logp: Tensor, proposal_logp: Tensor) -> Tensor:
+    """log w(y),   w(y) = pi_ref(y|x) / (1/M sum_m pi_m(y|x))                   Veach & Guibas 1995
+
+    The weights of responses of which M policies, pi_ref usually among them, sampled equally many:
+    with them, a mean over the samples is an unbiased estimate of E_{y~pi_ref}. A mixture that
+    contains pi_ref has weights of at most M. ref_logp (..., N), proposal_logp (M, ..., N)
+    -> (..., N)
+    """
+    return ref_logp - (torch.logsumexp(proposal_logp, 0) - math.log(len(proposal_logp)))
+
+
+def optimal_frontier(reward: Tensor, betas: Tensor,
+                     log_weight: Tensor | None = None) -> dict[str, list[float]]:
+    """The optimal (mean KL, mean reward) curve, estimated from samples.
 
     log Z, E_pi*[r] and KL(pi* || pi_ref) = E_pi*[r] / beta - log Z depend only on the distribution
-    of r under pi_ref. reward (X, N) holds the rewards of N responses to each of X prompts, betas
-    (S,) one common beta for all prompts at each point. Returns lists of length S:
+    of r under pi_ref. reward (X, N) holds the rewards of N responses to each of X prompts, and
+    log_weight (X, N) their weights (`balance_heuristic`); without weights they are samples of
+    pi_ref. betas (S,): one common beta for all prompts at each point. Returns lists of length S:
 
     beta     the price of one nat
     kl       mean over prompts of KL(pi* || pi_ref), nats
     reward   mean over prompts of E_pi*[r]
-    ess      effective sample size (sum w)^2 / sum w^2, its 10th percentile over prompts;
-             the curve is not reliable where it is below 50
+    ess      effective sample size (sum u)^2 / sum u^2, u = w exp(r / beta), its 10th percentile
+             over prompts; the curve is not reliable where it is below 50
     se       standard error of the height of the curve, from the finite N, for these prompts
 
-    The curve is biased low (E[F_N] <= F), so shares of the optimal gain err on the high side.
+    Z is estimated without bias, log Z and so the curve are biased low: shares err on the high side.
     """
     reward = reward.double()
-    uniform = torch.full_like(reward, -math.log(reward.shape[1]))
+    log_weight = torch.zeros_like(reward) if log_weight is None else log_weight.double()
+    log_weight = log_weight - math.log(reward.shape[1])                   # (X, N)
     frontier = {"beta": [], "kl": [], "reward": [], "ess": [], "se": []}
     for beta in betas.tolist():
-        w = optimal_policy(uniform, reward, beta).exp()                   # (X, N), rows sum to 1
-        log_z = log_partition(uniform, reward, beta)                      # (X,)
-        optimal = (w * reward).sum(1)                                     # (X,) E_pi*[r]
-        ess = 1 / (w ** 2).sum(1)                                         # (X,)
+        p = optimal_policy(log_weight, reward, beta).exp()                # (X, N), rows sum to 1
+        log_z = log_partition(log_weight, reward, beta)                   # (X,)
+        optimal = (p * reward).sum(1)                                     # (X,) E_pi*[r]
+        ess = 1 / (p ** 2).sum(1)                                         # (X,)
         variance = (1 / ess - 1 / reward.shape[1]).clamp(min=0)           # (X,) of log Z
         frontier["beta"].append(beta)
         frontier["kl"].append((optimal / beta - log_z).mean().item())
@@ -185,11 +200,12 @@ def optimal_frontier(reward: Tensor, betas: Tensor) -> dict[str, list[float]]:
 
 
 def optimal_reward(kl: float, frontier: dict[str, list[float]]) -> tuple[float, float, float]:
-    """F(kl) = min over beta of beta (kl + mean_x log Z_beta(x)): the highest reward at this KL.
+    """F(kl), the highest mean reward of any policy at this KL: min over beta of the tangents.
 
-    For each beta, reward + beta (kl - KL_beta) is the tangent of the frontier at pi*_beta; F is the
-    lower envelope of all tangents. Returns F, the beta that attains it (the slope dF/dkl, the price
-    of one nat there) and the standard error of the curve at that beta.
+    The frontier is concave, and beta is its slope at pi*_beta. So the line reward_beta +
+    beta (kl - kl_beta) touches it there and lies above it elsewhere, and F is the lowest of these
+    lines. Returns F, its slope dF/dkl (the beta of the lowest line: the price of one nat) and the
+    standard error of the curve at that beta.
     """
     columns = (frontier[name] for name in ("beta", "kl", "reward", "se"))
     tangents = [(reward + beta * (kl - kl_beta), beta, se)
@@ -199,10 +215,11 @@ def optimal_reward(kl: float, frontier: dict[str, list[float]]) -> tuple[float, 
 
 def share_of_optimal_gain(reward: float, reward_se: float, kl: float, kl_se: float,
                           frontier: dict) -> tuple[float, float, float]:
-    """(E_pi[r] - E_ref[r]) / (F(KL) - E_ref[r]): the share of the optimal gain at a policy's KL.
+    """The share of the optimal gain: (E_pi[r] - E_ref[r]) / (F(KL) - E_ref[r]).
 
-    `frontier` also holds `ref_reward`, the mean reward of pi_ref. Returns F(KL), the share and its
-    standard error, which combines the errors of reward and KL.
+    F(KL) is the highest reward at the KL of the policy (`optimal_reward`). `frontier` also holds
+    `ref_reward`, the mean reward of pi_ref. Returns F(KL), the share, and its standard error by the
+    delta method: an error of the KL moves F by the slope of the frontier.
     """
     optimal, slope, _ = optimal_reward(kl, frontier)
     optimal_gain = optimal - frontier["ref_reward"]

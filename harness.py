@@ -1,11 +1,30 @@
 """What every long experiment needs and no paper mentions. A reader of the paper can skip this file.
 
-  1. Errors: one sentence instead of a traceback for what the user can fix.
+  1. Errors: one sentence instead of a traceback for what the user can fix; Ctrl-C.
   2. Flags, made from the fields of a dataclass.
   3. Stages: values that are computed once and kept in files.
   4. Workers: several processes, on one machine or many, that share the stages.
-  5. A student's loss and a student's preferences, in files of their own (--loss, --pairs).
+  5. A loss and preferences of the user's own, in files (--loss, --pairs).
 """
+import multiprocessing
+import os
+import signal
+import sys
+
+
+def stop(*_) -> None:
+    """Ctrl-C: end this process and its workers at once; finished stages are in their files."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if multiprocessing.parent_process() is None:
+        os.write(2, b"stopped; the same command continues from here\n")
+    os._exit(130)
+
+
+MAIN_FILE = getattr(sys.modules["__main__"], "__file__", None) or ""
+if os.path.basename(MAIN_FILE) == "train.py" or multiprocessing.parent_process():
+    signal.signal(signal.SIGINT, stop)    # before torch is imported, which takes seconds
+
 import argparse
 import ast
 import dataclasses
@@ -15,17 +34,15 @@ import inspect
 import json
 import logging
 import math
-import os
 import pathlib
 import re
 import runpy
-import sys
 import tempfile
 import time
 import traceback
 import zipfile
 from types import SimpleNamespace
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, Iterable
 
 import torch
 import torch.multiprocessing
@@ -119,7 +136,7 @@ def read_flags(argv: list[str], config: type, presets: dict[str, dict],
     parser.add_argument("--pairs", metavar="FILE.jsonl", help="train on preferences from a file: "
                         "a JSON object a line with prompt, chosen, rejected")
     parser.add_argument("--study", action="store_true",
-                        help="also run DPO with one obstacle removed at a time (plots/gap.py)")
+                        help="also find out what keeps DPO from the optimum (plots/gap.py)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes (default: one a core, at most 16; four a GPU)")
@@ -148,13 +165,16 @@ def total_memory() -> float:
 # The file of a stage is named by a hash of all that determines its value: the code of its function
 # and of everything in this project that this code names, directly or not; the fields of the
 # configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
-# reading the code, so that nobody has to list it.
+# reading the code, so that nobody has to list it. Comments are no part of the code, docstrings are.
+# Device, number of workers and versions of packages are not in the hash.
 ROOT = pathlib.Path(__file__).resolve().parent
 
 
 def project_file(module: str | None) -> pathlib.Path | None:
     """The file of a module of this project; None for any other module."""
-    path = ROOT.joinpath(*(module or "-").split("."))
+    if module is None:
+        return None
+    path = ROOT.joinpath(*module.split("."))
     candidates = path.with_suffix(".py"), path / "__init__.py"
     return next((file for file in candidates if file.is_file()), None)
 
@@ -184,17 +204,23 @@ def parse_module(file: pathlib.Path) -> tuple[dict[str, ast.stmt], dict[str, tup
 
 @functools.cache
 def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tuple]]:
-    """The code of a top-level definition, without comments, and the places that it names.
+    """The code of a top-level definition, without its comments, and the places that it names.
 
-    A place is (file, name). Of an import, the code is empty and the place is where it leads.
+    A place is (file, name). Of an import, the code is empty and the place is where it leads. The
+    types of a class's fields are left out: Setup names Stages, which determines no value.
     """
     definitions, imports = parse_module(file)
     if name in imports:
         return "", [imports[name]]
     if name not in definitions:
         return "", []
+    nodes = list(ast.walk(definitions[name]))
+    types = [node.annotation for node in nodes if isinstance(node, ast.AnnAssign)]
+    ignored = {part for annotation in types for part in ast.walk(annotation)}
     places = []
-    for node in ast.walk(definitions[name]):
+    for node in nodes:
+        if node in ignored:
+            continue
         if isinstance(node, ast.Name):
             places.append((file, node.id))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -243,20 +269,20 @@ def stage_inputs(setup, function: Callable, arguments: tuple) -> tuple[dict[str,
     fields = {name: value for name, value in vars(setup.cfg).items() if name in read}
     inputs = {place: digest(definition) for place, definition in code.items()}
     inputs.update({f"cfg.{name}": json.dumps(value) for name, value in fields.items()})
-    inputs["arguments"] = json.dumps(arguments, default=describe)
-    inputs["setup"] = setup.key
+    inputs["the arguments, or the loss"] = json.dumps(arguments, default=describe)
+    inputs["pi_ref"] = setup.key
     if setup.user_pairs and "setup.user_pairs" in text:
         inputs["--pairs"] = describe(setup.user_pairs)
     return inputs, fields
 
 
-def stage_name(function: Callable, arguments: tuple) -> str:
-    """function-argument-argument...: the plain values among the arguments."""
+def stage_name(setup, function: Callable, arguments: tuple) -> str:
+    """function-argument-argument-seedN: the plain values among the arguments."""
     name = function.__name__.replace("_", "-")
     for argument in arguments:
         parts = argument if isinstance(argument, tuple) else (argument,)
         name += "".join(f"-{part}" for part in parts if isinstance(part, (str, int, float)))
-    return name
+    return f"{name}-seed{setup.seed}"
 
 
 def cached(function: Callable) -> Callable:
@@ -285,23 +311,44 @@ def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def ignore(row: dict) -> None:
+    """The default `watch` of Stages."""
+
+
 class Stages:
     """The stages in a folder, shared by all workers: each is computed by the first that asks."""
     def __init__(self, folder: pathlib.Path, store: torch.distributed.Store):
         self.folder = folder
         self.store = store         # counts, for all workers, how often a stage was claimed
         self.seconds = {}          # name of a stage -> seconds that its computation took
+        self.watch = ignore        # called with each row of results while a policy is trained
+        self.explained = set()     # explanations that were printed
 
     def path(self, setup, function: Callable, arguments: tuple) -> pathlib.Path:
         """The file of a stage: NAME.HASH.pt."""
         inputs, _ = stage_inputs(setup, function, arguments)
-        key = digest(json.dumps(inputs, sort_keys=True))
-        return self.folder / f"{stage_name(function, arguments)}.{key}.pt"
+        input_hash = digest(json.dumps(inputs, sort_keys=True))
+        return self.folder / f"{stage_name(setup, function, arguments)}.{input_hash}.pt"
+
+    def explain(self, name: str, function: Callable, inputs: dict[str, str]) -> None:
+        """Print, once, why a stage is computed although the folder has a file of its name."""
+        candidates = []
+        for file in self.folder.glob(f"{name}.*.pt"):
+            stored, _ = load_stage(file)
+            earlier = stored.get("inputs", {}) if stored else {}
+            candidates.append([place for place in {**earlier, **inputs}
+                               if earlier.get(place) != inputs.get(place)])
+        changed = min(candidates, key=len, default=[])
+        explanation = f"{function.__name__} is computed again: {', '.join(changed)} changed"
+        if changed and explanation not in self.explained:
+            self.explained.add(explanation)
+            print(explanation, flush=True)
 
     def compute(self, setup, function: Callable, arguments: tuple) -> dict:
         """Compute a stage and save it; the file appears whole or not at all."""
         path = self.path(setup, function, arguments)
         inputs, fields = stage_inputs(setup, function, arguments)
+        self.explain(stage_name(setup, function, arguments), function, inputs)
         start = time.perf_counter()
         restricted = setup._replace(cfg=SimpleNamespace(**fields))    # no field outside the hash
         value = inspect.unwrap(function)(restricted, *arguments)
@@ -328,18 +375,18 @@ class Stages:
         while stored is None:                                      # another worker computes it
             time.sleep(.05)
             stored, _ = load_stage(path)
-        self.seconds[stage_name(function, arguments)] = stored["seconds"]
+        self.seconds[stage_name(setup, function, arguments)] = stored["seconds"]
         return stored["value"]
 
-    def get_all(self, setup, stages: list[tuple], report: bool = False) -> list:
-        """The values of independent stages (function, *arguments), in order.
+    def get_all(self, stages: list[tuple], report: bool = False) -> list:
+        """The values of independent stages (function, setup, *arguments), in order.
 
         The workers compute them in parallel, each the next one that nobody has claimed.
         """
         start = time.time()
-        paths = [self.path(setup, function, arguments) for function, *arguments in stages]
+        paths = [self.path(setup, function, arguments) for function, setup, *arguments in stages]
         done_before = sum(path.exists() for path in paths)
-        for (function, *arguments), path in zip(stages, paths):
+        for (function, setup, *arguments), path in zip(stages, paths):
             if path.exists() or self.store.add(path.name, 1) > 1:
                 continue
             self.compute(setup, function, arguments)
@@ -347,14 +394,15 @@ class Stages:
                 done = sum(path.exists() for path in paths)
                 minutes = (time.time() - start) / 60
                 left = minutes / (done - done_before) * (len(paths) - done)
-                print(f"[{done}/{len(paths)} done, last: {stage_name(function, arguments)}; "
-                      f"{minutes:.1f} min, about {left:.1f} min left]", flush=True)
-        return [self.get(setup, function, arguments) for function, *arguments in stages]
+                print(f"[{done}/{len(paths)} done, last: "
+                      f"{stage_name(setup, function, arguments)}; {minutes:.1f} min, about "
+                      f"{left:.1f} min left]", flush=True)
+        return [self.get(setup, function, arguments) for function, setup, *arguments in stages]
 
-    def load_all(self, setup, stages: list[tuple]) -> list:
-        """The values of those stages (function, *arguments) that are in the folder already."""
+    def load_all(self, stages: list[tuple]) -> list:
+        """The values of those stages (function, setup, *arguments) that are in the folder."""
         stored = [load_stage(self.path(setup, function, arguments))[0]
-                  for function, *arguments in stages]
+                  for function, setup, *arguments in stages]
         return [content["value"] for content in stored if content]
 
 
@@ -406,7 +454,10 @@ def default_workers(device: str) -> int:
 
 def run_worker(rank: int, workers: int, folder: str | None, function: Callable, device: str,
                arguments: tuple) -> int:
-    """The exit code of function(rank, store, device, *arguments), as one of several workers."""
+    """The exit code of function(rank, store, device, *arguments), as one of several workers.
+
+    The workers of one machine meet in a store in `folder`, those of torchrun (None) over the net.
+    """
     torch.set_num_threads(1)
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus > 1:                              # workers take the GPUs in turn
@@ -420,7 +471,7 @@ def run_worker(rank: int, workers: int, folder: str | None, function: Callable, 
 
     def is_first_error() -> bool:
         is_first = store.add("errors", 1) == 1
-        time.sleep(0 if is_first else .5)    # the end of this worker must not cut the message off
+        time.sleep(0 if is_first else .5)    # the end of one worker ends the others: let it print
         return is_first
 
     return run_program(lambda: function(rank, store, device, *arguments), is_first_error)
@@ -442,9 +493,9 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
     os.environ.update(ENVIRONMENT)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = workers, folder, function, device, arguments
+        worker_arguments = workers, folder, function, device, arguments
         try:
-            torch.multiprocessing.spawn(worker_process, arguments, nprocs=workers)
+            torch.multiprocessing.spawn(worker_process, worker_arguments, nprocs=workers)
         except torch.multiprocessing.ProcessExitedException as error:
             if error.exit_code < 0:
                 raise UserError(f"a worker was killed ({error.signal_name}): if memory ran out, "
@@ -453,12 +504,12 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
     return 0
 
 
-# --------------------------------------------- 5. a student's loss and a student's preferences
+# --------------------------------------------------- 5. a user's loss and a user's preferences
 class LossError(UserError):
     """A loss that cannot be used; the message names file, function, line and reason."""
 
 
-class StudentLoss:
+class UserLoss:
     """The function of FILE.py:FUNCTION as a loss, called as loss(pair, beta) -> (B,).
 
     It is tried on a few pairs when it is loaded, and checked at every call. Raises LossError.
@@ -478,7 +529,7 @@ class StudentLoss:
         self.guard(self.try_once)
 
     def guard(self, function: Callable, *arguments):
-        """function(*arguments); any exception of the student's code becomes a LossError."""
+        """function(*arguments); any exception of the user's code becomes a LossError."""
         try:
             return function(*arguments)
         except (KeyboardInterrupt, LossError):
@@ -523,9 +574,9 @@ class StudentLoss:
                                 f"log-probabilities: {x.tolist()}")
 
 
-def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, StudentLoss]:
-    """Students' losses by the names of their functions. Raises LossError if one is `reserved`."""
-    losses = {name.rpartition(":")[2]: StudentLoss(name) for name in names}
+def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, UserLoss]:
+    """Users' losses by the names of their functions. Raises LossError if one is `reserved`."""
+    losses = {name.rpartition(":")[2]: UserLoss(name) for name in names}
     taken = [name for name in losses if name in reserved or len(name) > 100]
     if len(losses) < len(names) or taken:
         raise LossError("--loss: each needs a short name of its own that is not the name of a "
@@ -533,7 +584,8 @@ def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, StudentL
     return losses
 
 
-KNOWN_WORDS = set(re.findall(r"\w+", data.CLAUSE.pattern + data.REVIEW.pattern))
+PATTERNS = " ".join(review.pattern for review in data.REVIEW.values())
+KNOWN_WORDS = set(re.findall(r"\w+", PATTERNS))
 
 
 def is_known(text: str) -> bool:
@@ -593,7 +645,7 @@ class UserPairs:
 
     def with_reference(self, ref: Tensor) -> "UserPairs":
         """The same pairs with log pi_ref (C,) of their responses."""
-        return UserPairs(self.source, self.preferences._replace(ref=ref))
+        return UserPairs(self.source, self.preferences._replace(ref_logp=ref))
 
 
 def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> UserPairs:

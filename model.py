@@ -26,8 +26,8 @@ class GPTConfig:
 def rotary_table(positions: int, size: int) -> Tensor:
     """Cosines and signed sines of the rotary embedding: (2, positions, 1, size), Su et al. 2021.
 
-    Angles fall from 1 a position towards 1/1000 (usually 1/10,000; our texts are short). If `size`
-    is odd, the last coordinate is not rotated.
+    Frequencies fall from 1 radian a position towards 1/1000 (usually 1/10,000; our texts are
+    short). If `size` is odd, the last coordinate is not rotated.
     """
     half = size // 2
     frequency = 1000. ** (-torch.arange(half) / half)
@@ -76,13 +76,13 @@ class Attention(nn.Module):
         B, T, W = x.shape
         H, D = self.heads, W // self.heads
         qk, v = self.qkv(x).view(B, T, 3 * H, D).split([2 * H, H], 2)
-        q, k = apply_rotary(qk, rotary).chunk(2, 2)
+        q, k = apply_rotary(qk, rotary).chunk(2, 2)                          # (B, T, H, D) each
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                     # (B, H, T, D) each
         if cache is not None:
             cache[0, :, :, start:start + T] = k
             cache[1, :, :, start:start + T] = v
             k, v = cache[:, :, :, :start + T]                                # (B, H, start+T, D)
-        scores = q * D ** -.5 @ k.transpose(-1, -2)                          # (B, H, T, start+T)
+        scores = (q * D ** -.5) @ k.transpose(-1, -2)                        # (B, H, T, start+T)
         y = torch.softmax(scores + causal_mask(x, start), -1) @ v            # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, W))
 
@@ -107,7 +107,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(config.vocab_size, config.width)           # and the output matrix
+        self.token = nn.Embedding(config.vocab_size, config.width)    # tied: the output matrix too
         table = rotary_table(config.context, config.width // config.heads)
         self.register_buffer("rotary", table, persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -155,15 +155,17 @@ class GPT(nn.Module):
         return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.blocks]
 
 
+# --------------------------------------------------------------------------- training any model
 def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the model's parameters on the CPU."""
     return {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
 
 
 def lr_schedule(optimizer, steps: int):
-    """Linear warm-up over the first tenth of the steps (App. B: 150 steps), then linear decay to 0.
+    """Linear warm-up over the first tenth of the steps, then linear decay to 0.
 
-    Returns a torch scheduler; call step() once after each optimizer step.
+    (App. B: warm-up over 150 steps, no decay.) Returns a torch scheduler; call step() `steps`
+    times.
     """
     def factor(step: int) -> float:
         return min((step + 1) / (.1 * steps), (steps - step) / (.9 * steps), 1.)
@@ -190,7 +192,8 @@ def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
 
     The off-by-one of all language models: the logits at t-1 predict the token at t. So entry t-1 of
     the result belongs to ids[t], the first token has no probability, and the last logits predict
-    nothing that we have.
+    nothing that we have. The same shift is in `predicts_response`, `response_logits`, and in
+    `ppo.states_before_tokens`.
     """
     return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
@@ -204,10 +207,10 @@ def sequence_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y | x), nats: logits (B, T, V), ids (B, T), mask (B, T) of response tokens -> (B,).
 
     A sum, not a mean: pi(y | x) is the product of its tokens' probabilities. Entries outside the
-    mask are never read.
+    mask are never read. This is the plain form; training uses `response_token_logp`.
     """
     mask = mask.bool()
-    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)
+    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)     # 0 times NaN is NaN
     logp = token_logp(logits, ids.masked_fill(~mask, 0))                     # (B, T-1)
     return logp.masked_fill(~mask[:, 1:], 0.).sum(1)
 
@@ -217,7 +220,8 @@ def response_logits(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
     The output matrix is a third of a small model's arithmetic; prompts and filler skip it here.
     """
-    return model.logits(model.hidden(ids[:, :-1])[mask[:, 1:]])
+    hidden = model.hidden(ids[:, :-1])                    # position t-1 predicts token t
+    return model.logits(hidden[mask[:, 1:]])
 
 
 def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
@@ -227,9 +231,10 @@ def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi of each response token, nats, 0 elsewhere: ids (B, T), mask (B, T) -> (B, T).
+    """log pi of each response token, nats, 0 elsewhere: ids (B, T), bool mask (B, T) -> (B, T).
 
-    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost.
+    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost. The mask is
+    False at position 0, because the first token has no probability.
     """
     logits = promote(response_logits(model, ids, mask))                      # (M, V)
     logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)
@@ -247,8 +252,8 @@ def sequence_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     """Sum over a response of the full-vocabulary KL at each step (footnote 3), nats.
 
     logits (B, T, V), ref_logits (B, T, V), mask (B, T) -> (B,). Its mean over y ~ pi is
-    KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)], like that of the sampled log-ratio, but
-    with less variance, because each step's own token is integrated out.
+    KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)]. The sampled log-ratio has the same mean,
+    but more variance: here each step takes the expectation over its token (Rao-Blackwell).
     """
     ignored = ~predicts_response(mask)[..., None]
     kl = token_kl(logits.masked_fill(ignored, 0.), ref_logits.masked_fill(ignored, 0.))
@@ -265,14 +270,15 @@ def response_kl(model: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 def sample_token(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token a row by inverting the distribution function: logits (B, V), u (B,) -> (B,).
 
-    `u` is uniform in [0, 1). Temperature 0 is argmax.
+    `u` is uniform in [0, 1): given from outside, so that one row's sample does not depend on which
+    others are in the batch. Temperature 0 is argmax.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
     if temperature != 1:                                  # saves a pass over (B, V) at the usual 1
         logits = logits / temperature
-    cdf = torch.softmax(logits, -1).cumsum(-1)
+    cdf = torch.softmax(logits, -1).cumsum(-1)            # its last entry is only nearly 1
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp(max=logits.shape[1] - 1)
 
@@ -300,13 +306,13 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     ids = lay_out(prompts, prompt_lengths, T, end)
     rows = torch.arange(B, device=device)                                    # rows in the batch
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
-    length, stop = prompt_lengths, prompt_lengths + max_tokens
+    begin, stop = prompt_lengths, prompt_lengths + max_tokens                # of the response
     caches, start, x = model.new_caches(B, T), 0, ids[:, :first]
     for t in range(first, T):
         logits = model.logits(model.hidden(x, caches, start)[:, -1])         # (rows, V)
-        u = torch.rand(B, generator=generator, device=device)[rows]          # same for any `rows`
+        u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
-        sampled = alive & (t >= length)
+        sampled = alive & (t >= begin)
         if logp_out is not None:
             logp = log_softmax(logits).gather(1, token[:, None]).squeeze(1)
             logp_out[rows, t] = logp.masked_fill(~sampled, 0.)
@@ -314,11 +320,13 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
         ids[rows, t] = token
         alive &= ~(sampled & (token == end)) & (t + 1 < stop)
         x, start = token[:, None], t
-        keep = alive.nonzero().squeeze(1) if t % 4 == 0 else rows            # looking costs time
+        if t % 4 > 0:                                                        # looking costs time
+            continue
+        keep = alive.nonzero().squeeze(1)
         if len(keep) == 0:
             return ids[:, :t + 1]
         if len(keep) < .8 * len(rows):                                       # drop the ended rows
-            rows, x, alive, length, stop = (y[keep] for y in (rows, x, alive, length, stop))
+            rows, x, alive, begin, stop = (y[keep] for y in (rows, x, alive, begin, stop))
             caches = [cache[:, keep] for cache in caches]
     return ids
 
@@ -326,8 +334,8 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
 def response_mask(ids: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int) -> Tensor:
     """Which ids are response tokens, the first end token included: ids (B, T) -> bool (B, T)."""
     columns = torch.arange(ids.shape[1], device=ids.device)
-    first = prompt_lengths[:, None]
-    response = (columns >= first) & (columns < first + max_tokens)
+    begin = prompt_lengths[:, None]
+    response = (columns >= begin) & (columns < begin + max_tokens)
     is_end = ((ids == end) & response).int()
     ends_before = is_end.cumsum(1) - is_end
     return response & (ends_before == 0)
@@ -358,7 +366,7 @@ def trimmed_width(mask: Tensor) -> int:
 
 @torch.no_grad()
 def map_batches(function: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor,
-                batch: int = 512) -> Tensor:
+                batch: int = 64) -> Tensor:
     """function(ids, mask) over many rows, in batches of similar length: (N, T), (N, T) -> (N, ...).
 
     Each batch is cut to its longest row. Where the function returns one value per token,

@@ -1,24 +1,28 @@
 """The pipeline that DPO replaces: a reward model (Eq. 2), then PPO on Eq. 3 (Section 3).
 
+One PPO step on a batch of episodes: 1. roll out; 2. token rewards; 3. advantages; 4. clipped
+updates; 5. adapt the KL coefficient c, which plays the part of beta in Eq. 3.
+
 PPO here is not a straw man. These details are all present, and tested (Schulman et al. 2017, 2016;
 Ziegler et al. 2019):
-  1. Reward of a token: -c (log pi_old - log pi_ref), the "k1" penalty, fixed while a batch is
-     reused; the score once, on the last response token.                     -> `token_rewards`
-  2. The score is normalised by one affine map, fixed from samples of pi_ref. (Whitening each batch
-     would change beta.)
-  3. An adaptive coefficient c steers the *sequence* KL to a target; its horizon is in episodes.
+  (a) Reward of a token: -c (log pi_old - log pi_ref), the "k1" penalty, fixed while a batch is
+      reused; the score once, on the last response token.                    -> `token_rewards`
+  (b) The score is normalised by one affine map, fixed from samples of pi_ref. (Whitening each batch
+      would change beta.)                                  -> `make_true_score` in train.py
+  (c) The coefficient c steers the *sequence* KL to a target; its horizon is in episodes.
                                                                              -> `adapt_coefficient`
-  4. Generalised advantage estimation with gamma 1, lambda .95; masked whitening.
+  (d) Generalised advantage estimation with gamma 1, lambda .95; masked whitening.
                                                                              -> `gae`, `whiten`
-  5. Clipped ratio and clipped values (.2), minibatches. The ratio is 1 on the first minibatch.
-     (Several epochs over a batch gained nothing here.)          -> `policy_loss`, `value_loss`
-  6. A value function of its own, not a head on the policy, so their gradients do not compete. It is
-     fitted to the scores of pi_ref's samples before PPO begins; then only its last layer learns.
+  (e) Clipped ratio and clipped values (.2), minibatches. The ratio is 1 on the first minibatch.
+      (Several epochs over a batch gained nothing here.)          -> `policy_loss`, `value_loss`
+  (f) A critic of its own, not a head on the policy, so their gradients do not compete. It is fitted
+      to the scores of pi_ref's samples before PPO begins; then only its last layer learns.
                                                                              -> `fit_values`
-  7. Adam with eps 1e-5; learning rate warmed up, then annealed to 0; no dropout; sampling and
-     scoring at temperature 1.
+  (g) Adam with eps 1e-5; learning rate warmed up, then annealed to 0; no dropout; sampling and
+      scoring at temperature 1.
 Left out: an entropy bonus (the KL penalty already contains one), a penalty for a missing end token
-and reward clipping (either would change the true reward).
+and reward clipping (either would change the true reward), gradient clipping and early stopping on
+KL (neither was needed).
 
 An *objective* is maximised, a *loss* is minimised.
 Shapes: B episodes, T positions, M response tokens, W width; a mask (B, T) marks response tokens.
@@ -31,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Preferences, prompt_batch
+from data import Preferences, select_prompts
 from model import (GPT, cpu_state_dict, lr_schedule, map_batches, response_mask,
                    response_token_logp, sample, trimmed_width)
 
@@ -69,21 +73,21 @@ def reward_model_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
     return -F.logsigmoid(r_w - r_l)
 
 
-def train_reward_model(cfg, ref: GPT, pairs: Preferences, held_out: Preferences,
-                       epochs: list[list[Tensor]], device: str) -> dict:
+def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences,
+                       epochs: list[list[Tensor]], lr: float, device: str) -> dict:
     """Minimise Eq. 2, starting from the SFT model; keep the epoch with the best held-out accuracy.
 
-    `epochs` are lists of batches of prompts. App. C.1. Returns the parameters of a ScalarModel
-    (`model`), its `accuracy` on held-out pairs, and `mean` and `deviation` of its rewards of the
-    held-out completions.
+    As in App. C.1. Each of `epochs` is a list of batches, each batch the numbers of some prompts.
+    Returns the parameters of a ScalarModel (`model`), its `accuracy` on held-out pairs, and `mean`
+    and `deviation` of its rewards of the held-out completions.
     """
     model = ScalarModel(ref)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, weight_decay=0., fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0., fused=True)
     scheduler = lr_schedule(optimizer, sum(map(len, epochs)))
     best = {"accuracy": -1.}
     for epoch in epochs:
         for prompts in epoch:
-            batch = prompt_batch(pairs, prompts)
+            batch = select_prompts(preferences, prompts)
             r = predict_reward(model, batch.ids.to(device), batch.mask.to(device))
             loss = reward_model_loss(r[batch.winner], r[batch.loser]).mean()
             optimizer.zero_grad()
@@ -93,7 +97,8 @@ def train_reward_model(cfg, ref: GPT, pairs: Preferences, held_out: Preferences,
         predict = partial(predict_reward, model)
         r = map_batches(predict, held_out.ids.to(device), held_out.mask.to(device)).cpu()
         accuracy = (r[held_out.winner] > r[held_out.loser]).float().mean().item()
-        print(f"reward model: loss {loss.item():.3f}, held-out accuracy {accuracy:.3f}", flush=True)
+        print(f"reward model: last loss {loss.item():.3f}, held-out accuracy {accuracy:.3f}",
+              flush=True)
         if accuracy > best["accuracy"]:
             best = {"model": cpu_state_dict(model), "accuracy": accuracy,
                     "mean": r.mean().item(), "deviation": r.std().item()}
@@ -120,17 +125,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
     V and A are 0 after the last response token (Schulman et al. 2016, Eq. 16). All (B, T). Returns
     the advantages and the returns A + V, both 0 outside the mask.
     """
-    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    mask = mask.bool()
+    advantages = torch.zeros_like(values)
+    value = advantage = torch.zeros_like(values[:, 0])    # of the next response token
     for t in reversed(range(values.shape[1])):
-        is_response = mask[:, t].bool()
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(is_response, delta + gamma * lam * next_advantage,
-                                     next_advantage)
-        next_value = torch.where(is_response, values[:, t], next_value)
-        advantages[:, t] = next_advantage.masked_fill(~is_response, 0.)
-        returns[:, t] = (next_advantage + next_value).masked_fill(~is_response, 0.)
-    return advantages, returns
+        delta = rewards[:, t] + gamma * value - values[:, t]
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        value = torch.where(mask[:, t], values[:, t], value)
+        advantages[:, t] = advantage
+    returns = advantages + values
+    return advantages.masked_fill(~mask, 0.), returns.masked_fill(~mask, 0.)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -176,10 +180,10 @@ def states_before_tokens(critic: ScalarModel, ids: Tensor) -> Tensor:
 
 def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor],
                batch: int, lr: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Fit V(x, y_<t) = E[score | x, y_<t] under pi_ref by regression on its samples, one epoch.
+    """Fit a critic V(x, y_<t) = E[score | x, y_<t] under pi_ref to its samples, for one epoch.
 
     PPO's own episodes are too few to learn values from nothing. ids (C, T), mask (C, T) are samples
-    of pi_ref; score(ids, mask) -> (B,). Returns the parameters of a ScalarModel.
+    of pi_ref; score(ids, mask) -> (B,). Returns the parameters of the critic, a ScalarModel.
     """
     critic = ScalarModel(ref)
     device = ref.token.weight.device
@@ -189,16 +193,16 @@ def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Ten
     scheduler = lr_schedule(optimizer, len(order))
     for rows in order:
         width = trimmed_width(mask[rows])
-        tokens = mask[rows, :width].to(device)                                       # (B, T)
-        states = states_before_tokens(critic, ids[rows, :width].to(device))[tokens]  # (M, W)
+        response = mask[rows, :width].to(device)                                     # (B, T)
+        states = states_before_tokens(critic, ids[rows, :width].to(device))[response]    # (M, W)
         values = critic.head(states).squeeze(-1)                                     # (M,)
-        targets = scores[rows.to(device), None].expand(tokens.shape)[tokens]         # (M,)
+        targets = scores[rows.to(device), None].expand(response.shape)[response]     # (M,)
         loss = ((values - targets) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-    print(f"values of pi_ref: squared error {loss.item():.2f} (1: no better than the mean score)",
+    print(f"values of pi_ref: last squared error {loss.item():.2f} (the scores have variance 1)",
           flush=True)
     return cpu_state_dict(critic)
 
@@ -223,18 +227,18 @@ def roll_out(policy: GPT, ref: GPT, critic: ScalarModel, prompts: tuple[Tensor, 
     logp = policy.token.weight.new_zeros(len(prompts[0]), width)
     ids = sample(policy, *prompts, max_tokens, end, generator=generator, logp_out=logp)
     mask = response_mask(ids, prompts[1], max_tokens, end)
-    ref_logp = map_batches(partial(response_token_logp, ref), ids, mask, batch=64)
-    state = map_batches(lambda ids, mask: states_before_tokens(critic, ids), ids, mask, batch=64)
+    ref_logp = map_batches(partial(response_token_logp, ref), ids, mask)
+    state = map_batches(lambda ids, mask: states_before_tokens(critic, ids), ids, mask)
     value = critic.head(state).squeeze(-1).masked_fill(~mask, 0.)
     return Rollout(ids, mask, logp[:, :ids.shape[1]], ref_logp, state, value,
-                   map_batches(score, ids, mask, batch=64))
+                   map_batches(score, ids, mask))
 
 
 def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer,
                rollout: Rollout, coefficient: float, epochs: int, minibatch: int,
                generator: torch.Generator, gamma: float = 1., lam: float = .95,
                value_weight: float = .1) -> float:
-    """Steps 2-4 of the recipe on one batch of episodes; returns the last minibatch's loss."""
+    """Steps 2-4 on one batch of episodes; returns the loss of the last minibatch."""
     # 2. Reward = score - c KL, token by token.
     rewards = token_rewards(rollout.score, rollout.logp, rollout.ref_logp, rollout.mask,
                             coefficient)
@@ -251,9 +255,9 @@ def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimize
             logp = response_token_logp(policy, rollout.ids[rows, :width], mask[:, :width])
             logp = logp[mask[:, :width]]                                             # (M,)
             value = critic.head(rollout.state[rows][mask]).squeeze(-1)               # (M,)
-            on_policy = policy_loss(logp, rollout.logp[rows][mask], advantages[rows][mask])
-            on_values = value_loss(value, rollout.value[rows][mask], returns[rows][mask])
-            loss = on_policy.mean() + value_weight * on_values.mean()
+            of_policy = policy_loss(logp, rollout.logp[rows][mask], advantages[rows][mask])
+            of_critic = value_loss(value, rollout.value[rows][mask], returns[rows][mask])
+            loss = of_policy.mean() + value_weight * of_critic.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -263,25 +267,27 @@ def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimize
 def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
               score: Callable[[Tensor, Tensor], Tensor], target: float, end: int,
               generator: torch.Generator,
-              values: dict[str, Tensor] | None = None) -> Iterator[dict[str, float]]:
+              critic_state: dict[str, Tensor] | None = None) -> Iterator[dict[str, float]]:
     """Train a policy with PPO to a target KL (nats a sequence); yields its statistics each step.
 
     score(ids, mask) -> (B,) is the normalised reward of a text: learned (PPO) or true (PPO-GT).
-    prompts: ids (N, P) and lengths (N,). `values` come from `fit_values`; without them the critic
-    starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, completions and max_tokens.
+    prompts: ids (N, P) and lengths (N,). `critic_state` comes from `fit_values`; without it the
+    critic starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, completions and
+    max_tokens.
     """
     critic = ScalarModel(ref)
-    critic.load_state_dict(values or critic.state_dict())
+    if critic_state:
+        critic.load_state_dict(critic_state)
     parameters = [*policy.parameters(), *critic.head.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, eps=1e-5, fused=True)
     scheduler = lr_schedule(optimizer, cfg.ppo_steps)
-    coefficient = cfg.ppo_coefficient / target    # along the optimum a nat's price falls with KL
+    coefficient = cfg.ppo_coefficient / target    # dF/dKL, the slope of the optimum, falls with KL
     for _ in range(cfg.ppo_steps):
         # 1. Roll out several episodes for each of some prompts.
-        chosen = torch.randint(len(prompts[0]), (cfg.ppo_batch // cfg.completions,),
+        picked = torch.randint(len(prompts[0]), (cfg.ppo_batch // cfg.completions,),
                                generator=generator, device=prompts[0].device)
-        chosen = chosen.repeat_interleave(cfg.completions)
-        rollout = roll_out(policy, ref, critic, (prompts[0][chosen], prompts[1][chosen]),
+        picked = picked.repeat_interleave(cfg.completions)
+        rollout = roll_out(policy, ref, critic, (prompts[0][picked], prompts[1][picked]),
                            cfg.max_tokens, end, score, generator)
         # 2.-4.
         loss = ppo_update(policy, critic, optimizer, rollout, coefficient, cfg.ppo_epochs,

@@ -8,30 +8,14 @@ Every result is a stage (harness.py): computed once, kept in a file under --out,
 there the next time. So a run that was stopped continues where it was, and a new loss reuses the
 baselines. Several workers run this program at once and share the stages.
 """
-import multiprocessing
-import os
-import signal
-import sys
-
-
-def stop(*_) -> None:
-    """Ctrl-C: end this process and its workers at once; finished stages are in their files."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    if multiprocessing.parent_process() is None:
-        os.write(2, b"stopped; the same command continues from here\n")
-    os._exit(130)
-
-
-if __name__ in ("__main__", "__mp_main__"):    # before torch, whose import takes seconds
-    signal.signal(signal.SIGINT, stop)
-
+import harness    # first: Ctrl-C must work while torch is imported, which takes seconds
 import argparse
 import copy
 import dataclasses
 import math
 import pathlib
 import re
+import sys
 import time
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
@@ -42,26 +26,27 @@ from torch import Tensor, nn
 
 import data
 import dpo
-import harness
 import ppo
-from data import Preferences, rng, torch_rng
+from data import Preferences, named_generator, named_rng
 from harness import LossError, Stages, UserError, cached, option
 from model import (GPT, GPTConfig, batched_sequence_logp, cpu_state_dict, generate, lr_schedule,
                    map_batches, response_kl, response_token_logp)
-from plots import STYLE, cost, figures, gap, mean_and_se, mean_over_steps, style, tables
+from plots import (STYLE, cost, figures, frontier, gap, load_policy, mean_and_se, mean_over_steps,
+                   nats, style, tables)
 
 
 # ---------------------------------------------------------------------------------- configuration
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every number of the experiment; each field is a flag."""
-    seed: int = option(0, "seed of corpus and pi_ref, and the first of --seeds", 0, 2**53)
-    seeds: int = option(1, "repetitions, each with its own preferences and policies", 1, 100)
+    seed: int = option(0, "the first seed", 0, 2**53)
+    seeds: int = option(1, "seeds, each with its own corpus, pi_ref and all else", 1, 100)
     split: str = option("test", "evaluation prompts: test for results, validation for tuning",
                         choices=("test", "validation"))
     # the task (Section 6, App. C.1)
-    reviews: int = option(32_000, "reviews: 80% train, 10% validation, 10% test", 50, 10**6)
-    vocab_size: int = option(512, "tokens in the vocabulary, end-of-text included", 300, 10**5)
+    reviews: int = option(32_000, "film reviews: 80% train, 10% validation, 10% test; SFT also "
+                          "sees a quarter as many of restaurants", 50, 10**6)
+    vocab_size: int = option(672, "tokens in the vocabulary, end-of-text included", 300, 10**5)
     max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
     # the model
     layers: int = option(2, "blocks of the GPT", 1, 100)
@@ -86,12 +71,14 @@ class Config:
                                 10**5)
     lr: float = option(5e-4, "peak learning rate on pairs", 1e-12, 10)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
+    rounds: int = option(1, "rounds of pairs, each from the policy as it is then (paper: 1)", 1,
+                         10**4)
     # RLHF (Section 3)
     rm_epochs: int = option(3, "epochs of the reward model; the best is kept (paper: 3)", 1, 1000)
     rm_lr: float = option(1e-3, "peak learning rate of reward model and initial values", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4.), "target KL of PPO, nats, a list (paper: "
                                            "3,6,9,12)", 1e-6, 1e6)
-    ppo_steps: int = option(100, "steps of PPO, each on a batch of episodes", 1, 10**6)
+    ppo_steps: int = option(150, "steps of PPO, each on a batch of episodes", 1, 10**6)
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(1, "epochs over a batch", 1, 100)
@@ -103,17 +90,19 @@ class Config:
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
     eval_samples: int = option(16, "responses to each, for a finished policy", 1, 10**4)
     evaluations: int = option(8, "evaluations of a run, the last of its finished policy", 1, 1000)
-    optimum_samples: int = option(1024, "responses of pi_ref to each, for the optimum", 512, 10**6)
+    optimum_samples: int = option(256, "responses of each policy of the mixture to each, for the "
+                                  "optimum", 16, 10**6)
 
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), alphas=(.05, .1, .5, 1.), ppo_steps=400,
-                  optimum_samples=8_192),
-    "tiny": dict(reviews=1_500, vocab_size=440, layers=1, heads=1, width=32, sft_epochs=3,
+    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), alphas=(.05, .1, .5, 1.),
+                  kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
+                  optimum_samples=512),
+    "tiny": dict(reviews=1_500, vocab_size=512, layers=1, heads=1, width=32, sft_epochs=3,
                  sft_batch=16, sft_lr=1e-2, prompts=64, betas=(.5, 2.), alphas=(.1,), rm_epochs=1,
                  kl_targets=(1.,), ppo_steps=2, ppo_batch=16, ppo_minibatch=8, eval_prompts=12,
-                 eval_samples=4, evaluations=2, optimum_samples=640),
+                 eval_samples=4, evaluations=2, optimum_samples=320),
 }
 
 
@@ -121,7 +110,7 @@ def check_config(cfg: Config) -> None:
     """Raise UserError for sizes that do not fit together, or not into this machine."""
     parameters = 12 * cfg.layers * cfg.width**2 + cfg.vocab_size * cfg.width
     tokens = cfg.prompts * cfg.completions * cfg.max_tokens
-    needed = 20 * parameters + 9 * tokens    # bytes: weights, gradients, Adam, pi_ref; ids, masks
+    needed = 20 * parameters + 9 * tokens    # bytes: weights, gradients, Adam, pi_ref; ids, mask
     memory = harness.total_memory()
     if needed > memory:
         raise UserError(f"these sizes need at least {needed / 1e9:,.0f} GB of memory, but there "
@@ -134,6 +123,9 @@ def check_config(cfg: Config) -> None:
     if cfg.eval_prompts > .1 * cfg.reviews:
         raise UserError(f"--eval-prompts {cfg.eval_prompts} is more than 10% of --reviews "
                         f"{cfg.reviews}")
+    if cfg.rounds > cfg.prompts:
+        raise UserError(f"--rounds {cfg.rounds} is more than --prompts {cfg.prompts}, which the "
+                        "rounds share")
     if cfg.ppo_batch % cfg.completions:
         raise UserError(f"--ppo-batch {cfg.ppo_batch} is not a multiple of --completions "
                         f"{cfg.completions}")
@@ -141,41 +133,49 @@ def check_config(cfg: Config) -> None:
 
 # ---------------------------------------------------------------------------------- SFT (App. C.1)
 class Setup(NamedTuple):
-    """What all runs share."""
-    cfg: Config
+    """What all runs of one seed share."""
+    cfg: Config                       # cfg.seed is the seed of this setup
+    seed: int
     stages: Stages
     device: str
-    key: str                          # stands for the next three fields in the hash of a stage
-    encoding: tiktoken.Encoding
-    corpus: dict[str, list[str]]      # split -> reviews
+    key: str                          # the file of pi_ref: in the hash of a stage it stands for
+    encoding: tiktoken.Encoding       # encoding, corpus and ref
+    corpus: dict[str, list[str]]      # split -> film reviews
     ref: GPT                          # pi_ref
     user_pairs: harness.UserPairs | None = None
-    eval_prompts: tuple[Tensor, Tensor] | None = None           # for figures
+    train_prompts: tuple[Tensor, Tensor] | None = None          # this and the rest for figures
+    eval_prompts: tuple[Tensor, Tensor] | None = None
     learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-@cached
-def write_corpus(setup: Setup) -> dict[str, list[str]]:
+@cached    # computed once and kept in a file, see harness.py
+def make_corpus(setup: Setup, domain: str) -> dict[str, list[str]]:
     """The reviews of each split."""
-    return data.write_corpus(setup.cfg.reviews, setup.cfg.seed)
+    count = setup.cfg.reviews if domain == "film" else setup.cfg.reviews // 4
+    return data.write_corpus(count, setup.cfg.seed, domain)
+
+
+def train_texts(setup: Setup, films: int | None = None, restaurants: int | None = None) -> list:
+    """The first train reviews of both domains, by default all."""
+    return (make_corpus(setup, "film")["train"][:films]
+            + make_corpus(setup, "restaurant")["train"][:restaurants])
 
 
 @cached
 def learn_tokenizer(setup: Setup) -> dict[bytes, int]:
-    """Byte-pair ranks, from as many train reviews as contain all the words."""
-    corpus, vocab_size = write_corpus(setup), setup.cfg.vocab_size
+    """Byte-pair ranks, from as many train reviews as contain nearly all words."""
     try:
-        return data.learn_ranks(corpus["train"][:150], vocab_size)
+        return data.learn_ranks(train_texts(setup, 150, 30), setup.cfg.vocab_size)
     except ValueError:
-        raise UserError(f"the reviews have too few different words for --vocab-size {vocab_size}: "
-                        "choose a smaller one") from None
+        raise UserError("the reviews have too few different words for --vocab-size "
+                        f"{setup.cfg.vocab_size}: choose a smaller one") from None
 
 
 def new_gpt(cfg: Config, device: str) -> GPT:
     """The GPT before any training."""
     context = cfg.max_tokens + data.MAX_PROMPT_TOKENS
     config = GPTConfig(cfg.vocab_size, context, cfg.layers, cfg.heads, cfg.width)
-    return GPT(config, torch_rng("init", cfg.seed)).to(device)
+    return GPT(config, named_generator("init", cfg.seed)).to(device)
 
 
 def sft(model: GPT, ids: Tensor, lengths: Tensor, batches: list[list[int]], lr: float) -> None:
@@ -188,11 +188,11 @@ def sft(model: GPT, ids: Tensor, lengths: Tensor, batches: list[list[int]], lr: 
                                   fused=True)
     scheduler = lr_schedule(optimizer, len(batches))
     for step, rows in enumerate(batches, 1):
-        width = int(lengths[rows].max())
-        mask = torch.arange(width) < lengths[rows][:, None]
+        longest = int(lengths[rows].max())
+        mask = torch.arange(longest) < lengths[rows][:, None]
         mask[:, 0] = False                                # nothing predicts the first token
         mask = mask.to(device)
-        logp = response_token_logp(model, ids[rows, :width].to(device), mask)
+        logp = response_token_logp(model, ids[rows, :longest].to(device), mask)
         loss = -logp.sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -205,82 +205,110 @@ def sft(model: GPT, ids: Tensor, lengths: Tensor, batches: list[list[int]], lr: 
 
 @cached
 def train_reference(setup: Setup) -> dict[str, Tensor]:
-    """The parameters of pi_ref: SFT on the train reviews."""
-    cfg, corpus = setup.cfg, write_corpus(setup)
-    encoding = data.make_encoding(learn_tokenizer(setup))
+    """The parameters of pi_ref: SFT on the train reviews of both domains."""
+    cfg, encoding = setup.cfg, data.make_encoding(learn_tokenizer(setup))
     model = new_gpt(cfg, setup.device)
-    rows = [encoding.encode(text) + [encoding.eot_token] for text in corpus["train"]]
+    rows = [encoding.encode(text) + [encoding.eot_token] for text in train_texts(setup)]
     rows = [row[:model.config.context] for row in rows]
     order = []
     for epoch in range(cfg.sft_epochs):
-        order += rng("sft", cfg.seed, epoch).sample(range(len(rows)), len(rows))
+        order += named_rng("sft", cfg.seed, epoch).sample(range(len(rows)), len(rows))
     batches = [order[i:i + cfg.sft_batch] for i in range(0, len(order), cfg.sft_batch)]
     sft(model, *data.pad(rows, encoding.eot_token), batches, cfg.sft_lr)
     return cpu_state_dict(model)
 
 
-def prepare(cfg: Config, stages: Stages, device: str, pairs: list[dict] = [],
+def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: list[dict] = [],
             path: str = "") -> Setup:
-    """Corpus, tokenizer and pi_ref; and the user's pairs, read from `path`, if there are any."""
+    """Corpus, tokenizer and pi_ref of a seed; and the user's pairs, read from `path`, if any."""
+    cfg = dataclasses.replace(cfg, seed=seed)
     ref = new_gpt(cfg, device).requires_grad_(False)
-    setup = Setup(cfg, stages, device, "", None, None, ref)
+    setup = Setup(cfg, seed, stages, device, key="", encoding=None, corpus=None, ref=ref)
     encoding = data.make_encoding(learn_tokenizer(setup))
-    user_pairs = harness.encode_pairs(encoding, pairs, cfg.max_tokens, path) if pairs else None
+    user_pairs = None
+    if pair_texts:    # before pi_ref is trained: a bad line is refused at once
+        user_pairs = harness.encode_pairs(encoding, pair_texts, cfg.max_tokens, path)
     ref.load_state_dict(train_reference(setup))
     if user_pairs:
         ids, mask = user_pairs.preferences.ids, user_pairs.preferences.mask
         user_pairs = user_pairs.with_reference(batched_sequence_logp(ref, ids, mask, device))
-    return setup._replace(corpus=write_corpus(setup), encoding=encoding, user_pairs=user_pairs,
+    return setup._replace(corpus=make_corpus(setup, "film"), encoding=encoding,
+                          user_pairs=user_pairs,
                           key=stages.path(setup, train_reference, ()).name)
 
 
 # ---------------------------------------------------------------- completions, labels (Section 6)
+PARTS = 8    # the workers share the sampling of completions, and of the optimum, in parts
+
+
+def part_numbers(count: int) -> range:
+    """The numbers of the parts of `count` things, fewer than PARTS if there are few."""
+    return range(len(torch.empty(count).chunk(PARTS)))
+
+
 @cached
-def make_prompts(setup: Setup, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def make_prompts(setup: Setup, split: str, count: int) -> tuple[Tensor, Tensor]:
     """Prompts from the first `count` reviews of a split -> ids (count, P), lengths (count,)."""
     texts = setup.corpus[split][:count]
-    return data.make_prompts(setup.encoding, texts, rng("prompts", split, seed))
+    return data.make_prompts(setup.encoding, texts, named_rng("prompts", split, setup.cfg.seed))
 
 
-@cached
-def complete_part(setup: Setup, split: str, count: int, seed: int, part: int) -> dict[str, Tensor]:
-    """Completions of an eighth of the prompts by pi_ref, with log pi_ref and true rewards."""
-    cfg, device, end = setup.cfg, setup.device, setup.encoding.eot_token
-    prompts = tuple(p.chunk(8)[part].to(device) for p in make_prompts(setup, split, count, seed))
-    generator = torch_rng("completions", split, seed, part, device=device)
-    ids, mask = generate(setup.ref, prompts, cfg.completions, cfg.max_tokens, end, generator)
+def complete(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
+             generator: torch.Generator) -> dict[str, Tensor]:
+    """A policy's completions of N prompts, with log pi_ref and the true rewards.
+
+    -> ids (C, T), mask (C, T), ref_logp (C,), reward (C,), for C = N * completions.
+    """
+    prompts = tuple(p.to(setup.device) for p in prompts)
+    ids, mask = generate(policy, prompts, setup.cfg.completions, setup.cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
     return {"ids": ids.cpu(), "mask": mask.cpu(),
-            "ref": batched_sequence_logp(setup.ref, ids, mask, device),
+            "ref_logp": batched_sequence_logp(setup.ref, ids, mask, setup.device),
             "reward": data.true_reward(setup.encoding, ids, mask).cpu()}
 
 
-def complete(setup: Setup, split: str, count: int, seed: int) -> dict[str, Tensor]:
-    """The completions of `count` prompts: ids (C, T), mask (C, T), ref (C,), reward (C,)."""
-    parts = range(len(torch.empty(count).chunk(8)))
-    completions = setup.stages.get_all(
-        setup, [(complete_part, split, count, seed, part) for part in parts])
+@cached
+def complete_part(setup: Setup, split: str, count: int, part: int) -> dict[str, Tensor]:
+    """The completions of one part of the prompts by pi_ref."""
+    prompts = tuple(p.chunk(PARTS)[part] for p in make_prompts(setup, split, count))
+    generator = named_generator("completions", split, setup.cfg.seed, part, device=setup.device)
+    return complete(setup, setup.ref, prompts, generator)
+
+
+def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Tensor]:
+    """The completions of `count` prompts by pi_ref; the workers share them."""
+    completions = setup.stages.get_all([(complete_part, setup, split, count, part)
+                                        for part in part_numbers(count)])
     return {name: torch.cat([part[name] for part in completions]) for name in completions[0]}
 
 
-def label(setup: Setup, split: str, count: int, seed: int) -> Preferences:
-    """Labelled pairs of the completions of `count` prompts. Raises UserError if there are none."""
-    cfg, completions = setup.cfg, complete(setup, split, count, seed)
+def label(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
+    """All pairs of the completions of each prompt, labelled; `names` name the generator."""
+    cfg = setup.cfg
     reward = completions["reward"].view(-1, cfg.completions)
-    generator = torch_rng("labels", split, seed)
+    generator = named_generator("labels", *names, cfg.seed)
     winner, loser, _ = data.label_pairs(reward, cfg.labels, cfg.tau, generator)
-    if not len(winner):
-        raise UserError(f"all completions of a {split} prompt have the same reward, so that there "
-                        "is no pair to learn from: train pi_ref longer (--sft-epochs), or use more "
-                        "--prompts")
-    return Preferences(completions["ids"], completions["mask"], completions["ref"], winner, loser,
-                       cfg.completions)
+    return Preferences(completions["ids"], completions["mask"], completions["ref_logp"], winner,
+                       loser, cfg.completions)
 
 
-def train_pairs(setup: Setup, seed: int) -> Preferences:
+NO_PAIRS = ("all completions of a prompt have the same reward, so that there is no pair to learn "
+            "from: train pi_ref longer (--sft-epochs), or use more --prompts")
+
+
+def reference_pairs(setup: Setup, split: str, count: int) -> Preferences:
+    """The labelled pairs of pi_ref's completions of `count` prompts of a split."""
+    pairs = label(setup, reference_completions(setup, split, count), split)
+    if not len(pairs.winner):
+        raise UserError(NO_PAIRS)
+    return pairs
+
+
+def training_pairs(setup: Setup) -> Preferences:
     """The pairs to train on: the user's own, or those of pi_ref's completions."""
     if setup.user_pairs:
         return setup.user_pairs.preferences
-    return label(setup, "train", setup.cfg.prompts, seed)
+    return reference_pairs(setup, "train", setup.cfg.prompts)
 
 
 # -------------------------------------------------------------------------------- DPO (Section 4)
@@ -288,56 +316,83 @@ class Run(NamedTuple):
     """One policy of the sweep."""
     method: str
     setting: float    # beta, alpha, target KL or, for Preferred-FT, the number of the run
-    seed: int
+
+
+def pair_step(policy: GPT, optimizer: torch.optim.Optimizer, batch: Preferences,
+              loss_function: Callable, beta: float) -> dict[str, float]:
+    """One step of DPO, or of another loss on pairs, on a batch of prompts (App. B)."""
+    device = policy.token.weight.device
+    ids, mask, ref_logp = (x.to(device) for x in (batch.ids, batch.mask, batch.ref_logp))
+    winner, loser = batch.winner.to(device), batch.loser.to(device)
+    logp = response_token_logp(policy, ids, mask).sum(1)          # 4 completions of each prompt
+    pair = dpo.make_pairs(logp, ref_logp, mask.sum(1), winner, loser)    # 6 pairs of them
+    loss = loss_function(pair, beta).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()    # nats
+    statistics = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin,
+                  "accuracy": (margin > 0).float(),
+                  "weight": torch.sigmoid(-beta * margin),        # DPO's, sigma(rhat_l - rhat_w)
+                  "trained_tokens": mask.sum().float()}
+    means = torch.stack([x.mean() for x in statistics.values()])
+    return dict(zip(statistics, means.tolist()))    # one transfer from the device
+
+
+def sample_round(setup: Setup, policy: GPT, run: Run, number: int) -> Preferences:
+    """Labelled pairs of the policy's own completions of the prompts of one round."""
+    prompts = make_prompts(setup, "train", setup.cfg.prompts)
+    prompts = tuple(p.tensor_split(setup.cfg.rounds)[number] for p in prompts)
+    generator = named_generator("round", *run, setup.cfg.seed, number, device=setup.device)
+    return label(setup, complete(setup, policy, prompts, generator), "round", *run, number)
 
 
 def train_on_pairs(setup: Setup, policy: GPT, run: Run,
                    loss_function: Callable) -> tuple[int, Iterator[dict[str, float]]]:
-    """DPO, or another loss on pairs (App. B): the number of steps, and an iterator over them."""
-    cfg, device, pairs = setup.cfg, setup.device, train_pairs(setup, run.seed)
-    batches = []
-    for epoch in range(cfg.epochs):
-        generator = torch_rng("order", run.setting, run.seed, epoch)
-        batches += data.prompt_batches(pairs, cfg.batch_prompts, generator)
+    """DPO, or another loss on pairs: the number of steps, and an iterator that takes them.
+
+    Each step yields its statistics (`run_steps` drives the iterator). In the paper all pairs come
+    from pi_ref. With --rounds, the prompts are divided among the rounds, and the completions of a
+    round come from the policy as it is then; pi_ref stays the reference of the loss. A round has
+    fewer steps than planned if some of its prompts have only ties.
+    """
+    cfg = setup.cfg
+    pairs = training_pairs(setup) if cfg.rounds == 1 else None
+    prompts = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
+    parts = torch.arange(prompts).tensor_split(cfg.rounds)
+    steps = cfg.epochs * sum(math.ceil(len(part) / cfg.batch_prompts) for part in parts)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0., fused=True)
-    scheduler = lr_schedule(optimizer, len(batches))
+    scheduler = lr_schedule(optimizer, steps)
 
-    def step(prompts: Tensor) -> dict[str, float]:
-        batch = data.prompt_batch(pairs, prompts)
-        ids, mask, ref = batch.ids.to(device), batch.mask.to(device), batch.ref.to(device)
-        winner, loser = batch.winner.to(device), batch.loser.to(device)
-        logp = response_token_logp(policy, ids, mask).sum(1)          # 4 forwards a prompt ...
-        pair = dpo.make_pairs(logp, ref, mask.sum(1), winner, loser)
-        loss = loss_function(pair, run.setting).mean()                # ... for 6 pairs
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()    # nats
-        statistics = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin,
-                      "accuracy": (margin > 0).float(),
-                      "weight": torch.sigmoid(-run.setting * margin),    # sigma(rhat_l - rhat_w)
-                      "trained_tokens": mask.sum().float()}
-        return {name: x.mean().item() for name, x in statistics.items()}
+    def run_round(number: int) -> Iterator[dict[str, float]]:
+        round_pairs = pairs or sample_round(setup, policy, run, number)
+        for epoch in range(cfg.epochs):
+            generator = named_generator("order", *run, cfg.seed, number, epoch)
+            for numbers in data.shuffled_batches(round_pairs, cfg.batch_prompts, generator):
+                batch = data.select_prompts(round_pairs, numbers)
+                yield pair_step(policy, optimizer, batch, loss_function, run.setting)
+                scheduler.step()
 
-    return len(batches), map(step, batches)
+    return steps, (step for number in range(cfg.rounds) for step in run_round(number))
 
 
 # ------------------------------------------------------------------------------- RLHF (Section 3)
 @cached
-def reward_model(setup: Setup, seed: int) -> dict:
+def fit_reward_model(setup: Setup) -> dict:
     """The reward model and the scale of its rewards: see `ppo.train_reward_model`."""
-    cfg, pairs = setup.cfg, train_pairs(setup, seed)
-    held_out_prompts = min(-(-cfg.prompts // 8), len(setup.corpus["validation"]))
-    held_out = label(setup, "validation", held_out_prompts, seed)
-    epochs = [data.prompt_batches(pairs, cfg.batch_prompts, torch_rng("reward model", seed, epoch))
-              for epoch in range(cfg.rm_epochs)]
-    return ppo.train_reward_model(cfg, setup.ref, pairs, held_out, epochs, setup.device)
+    cfg, pairs = setup.cfg, training_pairs(setup)
+    held_out_prompts = min(math.ceil(cfg.prompts / 8), len(setup.corpus["validation"]))
+    held_out = reference_pairs(setup, "validation", held_out_prompts)
+    epochs = []
+    for epoch in range(cfg.rm_epochs):
+        generator = named_generator("reward model", cfg.seed, epoch)
+        epochs.append(data.shuffled_batches(pairs, cfg.batch_prompts, generator))
+    return ppo.train_reward_model(setup.ref, pairs, held_out, epochs, cfg.rm_lr, setup.device)
 
 
-def learned_score(setup: Setup, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+def make_learned_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
     """The reward of PPO: learned, with mean 0 and deviation 1 on responses of pi_ref."""
-    fitted = reward_model(setup, seed)
+    fitted = fit_reward_model(setup)
     model = ppo.ScalarModel(setup.ref).to(setup.device)
     model.load_state_dict(fitted["model"])
 
@@ -347,9 +402,9 @@ def learned_score(setup: Setup, seed: int) -> Callable[[Tensor, Tensor], Tensor]
     return score
 
 
-def true_score(setup: Setup, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+def make_true_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
     """The reward of PPO-GT: true, with mean 0 and deviation 1 on responses of pi_ref."""
-    reward = complete(setup, "train", setup.cfg.prompts, seed)["reward"]
+    reward = reference_completions(setup, "train", setup.cfg.prompts)["reward"]
     mean, deviation = reward.mean().item(), reward.std().item()
 
     def score(ids: Tensor, mask: Tensor) -> Tensor:
@@ -359,29 +414,31 @@ def true_score(setup: Setup, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @cached
-def initial_values(setup: Setup, method: str, seed: int, score_function: Callable) -> dict:
+def fit_initial_values(setup: Setup, method: str, make_score: Callable) -> dict[str, Tensor]:
     """The values that PPO starts from, the same for all targets: see `ppo.fit_values`."""
-    cfg, completions = setup.cfg, complete(setup, "train", setup.cfg.prompts, seed)
+    cfg, completions = setup.cfg, reference_completions(setup, "train", setup.cfg.prompts)
     return ppo.fit_values(setup.ref, completions["ids"], completions["mask"],
-                          score_function(setup, seed), 4 * cfg.batch_prompts, cfg.rm_lr,
-                          torch_rng("values", seed))
+                          make_score(setup), 4 * cfg.batch_prompts, cfg.rm_lr,
+                          named_generator("values", cfg.seed))
 
 
 def train_with_ppo(setup: Setup, policy: GPT, run: Run,
-                   score_function: Callable) -> tuple[int, Iterator[dict[str, float]]]:
-    """PPO or PPO-GT: the number of steps, and an iterator over them."""
-    cfg, seed = setup.cfg, run.seed
-    values = initial_values(setup, run.method, seed, score_function)
-    prompts = tuple(p.to(setup.device) for p in make_prompts(setup, "train", cfg.prompts, seed))
-    steps = ppo.train_ppo(cfg, policy, setup.ref, prompts, score_function(setup, seed),
-                          run.setting, setup.encoding.eot_token,
-                          torch_rng(*run, device=setup.device), values)
-    return cfg.ppo_steps, steps
+                   make_score: Callable) -> tuple[int, Iterator[dict[str, float]]]:
+    """PPO or PPO-GT: the number of steps, and an iterator that takes them."""
+    cfg = setup.cfg
+    critic_state = fit_initial_values(setup, run.method, make_score)
+    prompts = tuple(p.to(setup.device) for p in make_prompts(setup, "train", cfg.prompts))
+    generator = named_generator(*run, cfg.seed, device=setup.device)
+    progress = ppo.train_ppo(cfg, policy, setup.ref, prompts, make_score(setup), run.setting,
+                             setup.encoding.eot_token, generator, critic_state)
+    return cfg.ppo_steps, progress
 
 
-METHODS = {    # method -> how it is trained, and the loss or the reward that it is trained on
-    "ppo_gt": (train_with_ppo, true_score),
-    "ppo": (train_with_ppo, learned_score),
+# A method of your own needs an entry here, settings in `train_sweep`, and a style in
+# plots/__init__.py; plots/cost.py and plots/winrate.py list the methods that they show.
+METHODS = {    # method -> how it is trained, and its loss, or the function that makes its score
+    "ppo_gt": (train_with_ppo, make_true_score),
+    "ppo": (train_with_ppo, make_learned_score),
     "dpo": (train_on_pairs, dpo.dpo_loss),
     "unlikelihood": (train_on_pairs, dpo.unlikelihood_loss),
     "preferred_ft": (train_on_pairs, dpo.preferred_ft_loss),
@@ -392,20 +449,20 @@ METHODS = {    # method -> how it is trained, and the loss or the reward that it
 def evaluation_prompts(setup: Setup) -> tuple[Tensor, Tensor]:
     """The prompts of every evaluation, from held-out reviews: ids (X, P), lengths (X,)."""
     texts = setup.corpus[setup.cfg.split][:setup.cfg.eval_prompts]
-    prompts = data.make_prompts(setup.encoding, texts, rng("judge", setup.cfg.seed))
+    prompts = data.make_prompts(setup.encoding, texts, named_rng("evaluation", setup.cfg.seed))
     return tuple(p.to(setup.device) for p in prompts)
 
 
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
-    From `samples` responses to each evaluation prompt; `names` name the random generator.
+    From `samples` responses to each evaluation prompt; the random generator depends on `names`.
     """
-    generator = torch_rng("judge", *names, device=setup.device)
+    generator = named_generator("evaluation", *names, setup.cfg.seed, device=setup.device)
     ids, mask = generate(policy, evaluation_prompts(setup), samples, setup.cfg.max_tokens,
                          setup.encoding.eot_token, generator)
     reward = data.true_reward(setup.encoding, ids, mask)
-    kl = map_batches(partial(response_kl, policy, setup.ref), ids, mask, batch=64)
+    kl = map_batches(partial(response_kl, policy, setup.ref), ids, mask)
     mean_reward, reward_se = mean_and_se(reward.view(-1, samples))
     mean_kl, kl_se = mean_and_se(kl.view(-1, samples))
     return {"reward": mean_reward, "reward_se": reward_se, "kl": mean_kl, "kl_se": kl_se,
@@ -417,29 +474,7 @@ def evaluate_reference(setup: Setup) -> dict[str, float]:
     return evaluate(setup, setup.ref, setup.cfg.eval_samples, "sft")
 
 
-@cached
-def reference_rewards(setup: Setup, index: int) -> Tensor:
-    """True rewards of many responses of pi_ref to one evaluation prompt -> (N,)."""
-    prompt = tuple(p[index:index + 1] for p in evaluation_prompts(setup))
-    generator = torch_rng("optimum", setup.cfg.seed, index, device=setup.device)
-    ids, mask = generate(setup.ref, prompt, setup.cfg.optimum_samples, setup.cfg.max_tokens,
-                         setup.encoding.eot_token, generator)
-    return data.true_reward(setup.encoding, ids, mask).cpu()
-
-
-def estimate_optimum(setup: Setup) -> dict:
-    """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean."""
-    indices = range(setup.cfg.eval_prompts)
-    rewards = setup.stages.get_all(setup, [(reference_rewards, index) for index in indices])
-    reward = torch.stack(rewards)                                                # (X, N)
-    frontier = dpo.optimal_frontier(reward, torch.logspace(-3.5, 1.5, 400))
-    return {**frontier, "ref_reward": reward.mean().item()}
-
-
 # --------------------------------------------------------------------------------------- the sweep
-KEEP_CHECKPOINTS = "dpo", "ppo", "unlikelihood"    # methods whose figures show policies on the way
-
-
 def check_finite(statistics: dict[str, float]) -> None:
     """Raise FloatingPointError that names the statistics that are not finite."""
     names = [name for name, x in statistics.items() if not math.isfinite(x)]
@@ -449,179 +484,298 @@ def check_finite(statistics: dict[str, float]) -> None:
 
 def evaluation_row(setup: Setup, policy: GPT, run: Run, step: int, is_final: bool,
                    seconds: float, recent: list[dict]) -> dict:
-    """A row of results: the evaluation, and the means of the statistics since the one before."""
-    samples = setup.cfg.eval_samples if is_final else -(-setup.cfg.eval_samples // 4)
+    """A row of results: an evaluation, and the mean statistics since the previous evaluation."""
+    samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
     numbers = evaluate(setup, policy, samples, *run, step)
     check_finite(numbers)
     numbers.update(seconds=seconds, **mean_over_steps(recent))
-    print(f"{run.method} {run.setting:g} seed {run.seed}, step {step}:",
-          *(f"{name} {x:.3g} " for name, x in numbers.items() if name[-3:] != "_se"), flush=True)
-    return {**run._asdict(), "step": step, "final": is_final, **numbers}
+    return {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
+
+
+def print_row(row: dict, steps: int) -> None:
+    """Print a row of results, and how many seconds of training are left."""
+    names = ("method", "setting", "seed", "step", "final", "seconds")
+    numbers = {name: x for name, x in row.items() if name not in names and name[-3:] != "_se"}
+    left = row["seconds"] / row["step"] * (steps - row["step"])
+    print("{method} {setting:g} seed {seed}, step {step}".format(**row),
+          f"of {steps}, {row['seconds']:.0f} s, about {left:.0f} s left:",
+          *(f"{name} {x:.3g} " for name, x in numbers.items()), flush=True)
 
 
 def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterator[dict],
               result: dict) -> None:
-    """Train, and evaluate the policy on the way; `result` gets step, rows and checkpoints."""
+    """Train, and evaluate the policy on the way and at its end.
+
+    `result` gets `step`, `rows`, and `checkpoints`, the policies of the rows; it is filled in place
+    so that they survive an exception. `seconds` is the time of training without evaluation.
+    """
+    def evaluate_now(is_final: bool) -> None:
+        row = evaluation_row(setup, policy, run, step, is_final, seconds, recent or [statistics])
+        result["rows"].append(row)
+        result["checkpoints"].append(cpu_state_dict(policy))
+        print_row(row, steps)
+        setup.stages.watch(row)
+
     recent, seconds, start = [], 0., time.perf_counter()
+    interval = math.ceil(steps / setup.cfg.evaluations)
     for step, statistics in enumerate(progress, 1):
         seconds += time.perf_counter() - start
         result["step"] = step
         check_finite(statistics)
         recent.append(statistics)
-        if step == steps or step % -(-steps // setup.cfg.evaluations) == 0:
-            row = evaluation_row(setup, policy, run, step, step == steps, seconds, recent)
-            result["rows"].append(row)
+        if step % interval == 0 and step < steps:
+            evaluate_now(is_final=False)
             recent = []
-            if run.method in KEEP_CHECKPOINTS:
-                result["checkpoints"].append((step, cpu_state_dict(policy)))
         start = time.perf_counter()
+    if result["step"] == 0:
+        raise UserError(NO_PAIRS)
+    evaluate_now(is_final=True)
 
 
 @cached
 def train_policy(setup: Setup, run: Run, train: Callable, trained_on: Callable) -> dict:
-    """Train and evaluate one policy: its `rows` of results, `checkpoints` and final `policy`.
+    """Train and evaluate one policy: its `rows` of results, and the `checkpoints` of the rows.
 
-    `train` and `trained_on` are those of METHODS. A number that is not finite, or an error of a
-    student's loss, ends the run: it keeps its rows, and `failure` gives the reason.
+    `train` and `trained_on` are those of METHODS; they are arguments so that the hash of this
+    stage has the code of one method alone. A number that is not finite, or an error of a user's
+    loss, ends the run: it keeps its rows, and `failure` gives the reason.
     """
     policy = copy.deepcopy(setup.ref).requires_grad_(True)
     steps, progress = train(setup, policy, run, trained_on)
-    result = {**run._asdict(), "step": 0, "rows": [], "checkpoints": [], "policy": {},
+    result = {**run._asdict(), "seed": setup.seed, "step": 0, "rows": [], "checkpoints": [],
               "failure": None}
     try:
         run_steps(setup, policy, run, steps, progress, result)
     except (FloatingPointError, LossError) as error:
-        failure = {**run._asdict(), "step": result["step"], "reason": str(error)}
-        return {**result, "failure": failure}
-    return {**result, "policy": cpu_state_dict(policy)}
+        names = ("method", "setting", "seed", "step")
+        result["failure"] = {**{name: result[name] for name in names}, "reason": str(error)}
+    return result
 
 
-def policy_stages(cfg: Config, settings: dict[str, tuple], losses: dict = {}) -> list[tuple]:
-    """A stage for each policy: methods (or a student's losses) and their settings, every seed."""
+def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -> list[tuple]:
+    """A stage for each policy: methods, or a user's losses, and their settings."""
     trained_by = {**METHODS, **{name: (train_on_pairs, loss) for name, loss in losses.items()}}
-    return [(train_policy, Run(method, float(setting), seed), *trained_by[method])
-            for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+    return [(train_policy, setup, Run(method, float(setting)), *trained_by[method])
             for method, values in settings.items() for setting in values]
 
 
-# --------------------------------------------------------------------------------- the experiment
-def train_sweep(setup: Setup) -> list[dict]:
-    """All policies of Section 6. What several of them wait for comes first."""
-    cfg, seeds = setup.cfg, range(setup.cfg.seed, setup.cfg.seed + setup.cfg.seeds)
-    stages = []
-    for seed in seeds:
-        stages += [(reward_model, seed), (initial_values, "ppo_gt", seed, true_score)]
-    stages += policy_stages(cfg, {"ppo_gt": cfg.kl_targets})
-    stages += [(initial_values, "ppo", seed, learned_score) for seed in seeds]
-    stages += policy_stages(cfg, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
-                                  "unlikelihood": cfg.alphas,
-                                  "preferred_ft": tuple(range(cfg.preferred_runs))})
-    values = setup.stages.get_all(setup, stages, report=True)
+def train_sweep(setups: list[Setup]) -> list[dict]:
+    """All policies of Section 6, for every seed. What several of them wait for comes first."""
+    cfg, stages = setups[0].cfg, []
+    for setup in setups:
+        stages += [(fit_reward_model, setup),
+                   (fit_initial_values, setup, "ppo_gt", make_true_score)]
+    for setup in setups:
+        stages += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
+    stages += [(fit_initial_values, setup, "ppo", make_learned_score) for setup in setups]
+    for setup in setups:
+        stages += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
+                                        "unlikelihood": cfg.alphas,
+                                        "preferred_ft": tuple(range(cfg.preferred_runs))})
+    values = setups[0].stages.get_all(stages, report=True)
     return [value for (function, *_), value in zip(stages, values) if function is train_policy]
 
 
 def load_baselines(setup: Setup) -> list[dict]:
     """The policies of Section 6 that are in the folder, trained on pi_ref's pairs."""
     settings = {method: set() for method in METHODS}
+    pattern = rf"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed{setup.seed}\.\w+\.pt"
     for path in setup.stages.folder.glob("train-policy-*.pt"):
-        match = re.fullmatch(r"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-\d+\.\w+\.pt",
-                             path.name)
+        match = re.fullmatch(pattern, path.name)
         if match and match[1] in settings:
             settings[match[1]].add(float(match[2]))
-    stages = policy_stages(setup.cfg, {method: sorted(x) for method, x in settings.items()})
-    return setup.stages.load_all(setup._replace(user_pairs=None), stages)
+    setup = setup._replace(user_pairs=None)
+    settings = {method: sorted(values) for method, values in settings.items()}
+    return setup.stages.load_all(policy_stages(setup, settings))
 
 
-def study(setup: Setup) -> tuple[list[dict], list[dict]]:
-    """The rows of plots/gap.py, DPO with one obstacle removed at a time; and its failed runs."""
-    rows, failures = [], []
-    for variant, (fields, settings) in gap.variants(setup.cfg).items():
-        cfg = dataclasses.replace(setup.cfg, seeds=1, **fields)
-        changed = prepare(cfg, Stages(setup.stages.folder, setup.stages.store), setup.device)
-        runs = changed.stages.get_all(changed, policy_stages(cfg, settings), report=True)
-        finished = [{"figure": "gap", "variant": variant, **row}
-                    for run in runs for row in run["rows"] if row["final"]]
-        tables.add_shares(finished, estimate_optimum(changed))
-        rows += finished
-        failures += [{**run["failure"], "reason": f"{variant}: {run['failure']['reason']}"}
-                     for run in runs if run["failure"]]
-    return rows, failures
+# ------------------------------------------------------------------------------------ the optimum
+def proposals(setup: Setup, runs: list[dict]) -> tuple[Run, ...]:
+    """The policies that sample for the optimum besides pi_ref: PPO-GT, and DPO's two farthest."""
+    finished = [Run(run["method"], run["setting"]) for run in runs
+                if run["seed"] == setup.seed and not run["failure"]]
+    ppo_gt = sorted(run for run in finished if run.method == "ppo_gt")
+    farthest = sorted(run for run in finished if run.method == "dpo")[:2]    # at the smallest betas
+    return (*ppo_gt, *farthest)
+
+
+def proposal_policies(setup: Setup, proposals: tuple[Run, ...]) -> list[GPT]:
+    """pi_ref and the finished policies of some runs."""
+    policies = [setup.ref]
+    for run in proposals:
+        trained = train_policy(setup, run, *METHODS[run.method])
+        policies.append(load_policy(setup, trained["checkpoints"][-1]))
+    return policies
 
 
 @cached
+def sample_optimum(setup: Setup, part: int, proposals: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
+    """Samples of pi_ref and some trained policies, for one part of the evaluation prompts.
+
+    -> rewards and log weights, see `frontier.sample_mixture`.
+    """
+    policies = proposal_policies(setup, proposals)
+    prompts = tuple(p.chunk(PARTS)[part] for p in evaluation_prompts(setup))
+    generator = named_generator("optimum", setup.cfg.seed, part, device=setup.device)
+    *_, reward, log_weight = frontier.sample_mixture(setup, policies, prompts,
+                                                     setup.cfg.optimum_samples, generator)
+    return reward, log_weight
+
+
+def estimate_optimum(setup: Setup, proposals: tuple[Run, ...]) -> dict:
+    """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean.
+
+    It is estimated from samples of pi_ref and of the policies of `proposals`, which reach further.
+    """
+    samples = setup.stages.get_all([(sample_optimum, setup, part, proposals)
+                                    for part in part_numbers(setup.cfg.eval_prompts)])
+    reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
+    return frontier.estimate(reward, log_weight)
+
+
+# ------------------------------------------------------------------------------ the gap of DPO
+@cached
+def measure_gap(setup: Setup, variant: str, run: Run, step: int) -> dict:
+    """The row of plots/gap.py of one policy, of a run and step."""
+    trained = train_policy(setup, run, *METHODS[run.method])
+    index = [row["step"] for row in trained["rows"]].index(step)
+    policy = {**run._asdict(), "step": step}
+    model = load_policy(setup, trained["checkpoints"][index])
+    setup = setup._replace(eval_prompts=evaluation_prompts(setup))
+    return gap.measure_policy(setup, variant, policy, model)
+
+
+@cached
+def measure_optimum(setup: Setup, beta: float, proposals: tuple[Run, ...]) -> dict:
+    """The row of plots/gap.py of the optimum at a price beta, on the first 64 prompts."""
+    setup = setup._replace(eval_prompts=tuple(p[:64] for p in evaluation_prompts(setup)))
+    row = nats.optimum_nats(setup, proposal_policies(setup, proposals), beta)
+    return {"figure": "gap", "panel": "nats", "variant": "", "method": "optimum", "setting": beta,
+            "step": 0, **row}
+
+
+def study(setup: Setup, runs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The rows of plots/gap.py, DPO with one thing changed at a time; and its failed runs."""
+    rows, failures, measurements = [], [], []
+    best = proposals(setup, runs)
+    optimum = estimate_optimum(setup, best)
+    for variant, (fields, settings) in gap.variants(setup.cfg).items():
+        cfg = dataclasses.replace(setup.cfg, **fields)
+        changed = prepare(cfg, setup.seed, setup.stages, setup.device)
+        runs = setup.stages.get_all(policy_stages(changed, settings), report=True)
+        finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
+                    for run in runs for row in run["rows"] if row["final"]]
+        curve = optimum    # a wider network is another pi_ref, and has another optimum
+        if changed.key != setup.key:
+            curve = estimate_optimum(changed, proposals(changed, runs))
+        tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
+        rows += finished
+        failures += [{**run["failure"], "reason": f"{variant}: {run['failure']['reason']}"}
+                     for run in runs if run["failure"]]
+        measurements += [(measure_gap, changed, variant, Run(policy["method"], policy["setting"]),
+                          policy["step"]) for policy in gap.policies_to_measure(runs)]
+    _, beta, _ = dpo.optimal_reward(gap.KL, optimum)
+    measurements.append((measure_optimum, setup, beta, best))
+    return rows + setup.stages.get_all(measurements, report=True), failures
+
+
+# --------------------------------------------------------------------------------- the experiment
+@cached
 def measure_figure(setup: Setup, name: str, measure: Callable, runs: tuple[Run, ...]) -> list[dict]:
-    """The rows of a figure that needs policies: measure(setup, trained runs)."""
-    score = learned_score(setup, setup.cfg.seed)
+    """The rows of a figure that needs policies: measure(setup, trained runs).
+
+    `name` is only for the name of the stage's file.
+    """
+    score = make_learned_score(setup)
 
     def learned_reward(ids: Tensor, mask: Tensor) -> Tensor:
         return score(ids, mask).round(decimals=4)    # equal texts tie, whatever their batch
 
-    setup = setup._replace(eval_prompts=evaluation_prompts(setup), learned_reward=learned_reward)
+    setup = setup._replace(train_prompts=make_prompts(setup, "train", setup.cfg.prompts),
+                           eval_prompts=evaluation_prompts(setup), learned_reward=learned_reward)
     return measure(setup, [train_policy(setup, run, *METHODS[run.method]) for run in runs])
 
 
 def measure_figures(setup: Setup, runs: list[dict]) -> list[dict]:
-    """The rows of all figures that need policies, those of the first seed."""
-    shown = tuple(Run(run["method"], run["setting"], run["seed"])
-                  for run in runs if run["seed"] == setup.cfg.seed)
-    stages = [(measure_figure, name, figure.measure, shown)
+    """The rows of all figures that need policies, from the runs of one seed."""
+    runs = tuple(Run(run["method"], run["setting"]) for run in runs if run["seed"] == setup.seed)
+    stages = [(measure_figure, setup, name, figure.measure, runs)
               for name, figure in figures.FROM_POLICIES.items()]
-    return sum(setup.stages.get_all(setup, stages), [])
+    return sum(setup.stages.get_all(stages), [])
 
 
-def export_preferences(setup: Setup, seed: int) -> None:
+def export_preferences(setup: Setup, overwrite: bool) -> None:
     """Write the preferences of a seed as text, and print a summary of them."""
-    pairs = label(setup, "train", setup.cfg.prompts, seed)
-    path = setup.stages.folder / f"preferences-seed{seed}.jsonl"
+    path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
+    if path.exists() and not overwrite:
+        return
+    pairs = training_pairs(setup)
     harness.write_jsonl(path, data.export_preferences(setup.encoding, pairs))
     print(tables.summary_of_preferences(setup.encoding, pairs, evaluation_prompts(setup)),
           flush=True)
 
 
-def collect_rows(setup: Setup, runs: list[dict], measured: list[dict],
+def collect_rows(setups: list[Setup], runs: list[dict], measured: list[dict],
                  optimum: dict) -> list[dict]:
     """The rows of results.jsonl: SFT, the runs and Best-of-N, with their shares."""
-    cfg, reference = setup.cfg, evaluate_reference(setup)
-    rows = [{"method": "sft", "setting": 0., "seed": seed, "step": 0, "final": True, **reference,
-             "seconds": 0.} for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
+    rows = []
+    for setup in setups:
+        rows.append({"method": "sft", "setting": 0., "seed": setup.seed, "step": 0, "final": True,
+                     **evaluate_reference(setup), "seconds": 0.})
     rows += [row for run in runs for row in run["rows"]]
     for row in measured:
         if row["figure"] == "best_of_n" and row["setting"] > 1:    # Best-of-1 is SFT
             rows.append({name: x for name, x in row.items() if name != "figure"})
-    rows = [{**row, "config": dataclasses.asdict(cfg)} for row in rows]
-    methods = list(style(row["method"] for row in rows))
+    rows = [{**row, "config": dataclasses.asdict(setups[0].cfg)} for row in rows]
+    methods = list(style(row["method"] for row in rows))    # in the order of the legend
     rows.sort(key=lambda row: methods.index(row["method"]))
     tables.add_shares(rows, optimum)
     return rows
 
 
+def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[dict]:
+    """The baselines that are in the folder, and the policies of a user's losses."""
+    baselines, stages = [], []
+    for setup in setups:
+        baselines += load_baselines(setup)
+        settings = dict.fromkeys(losses, setup.cfg.betas)
+        stages += policy_stages(setup, settings, losses)
+    return baselines + setups[0].stages.get_all(stages, report=True)
+
+
 def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Config,
-               args: argparse.Namespace, pairs: list[dict]) -> int:
-    """Section 6, in its order, as one of several workers; returns the exit code."""
-    out, losses = pathlib.Path(args.out), harness.load_losses(args.loss, STYLE)
-    setup = prepare(cfg, Stages(out, store), device, pairs, args.pairs)
-    optimum = estimate_optimum(setup)
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        complete(setup, "train", cfg.prompts, seed)    # by all workers
-        if rank == 0 and not pairs and not losses:
-            export_preferences(setup, seed)
+               args: argparse.Namespace, pair_texts: list[dict]) -> int:
+    """Section 6, in its order, as one of several workers.
+
+    Returns the exit code: 1 if a run failed or is above the optimum, which cannot be.
+    """
+    out, losses = pathlib.Path(args.out), harness.load_losses(args.loss, reserved=STYLE)
+    stages = Stages(out, store)
     if losses:
-        runs = setup.stages.get_all(
-            setup, policy_stages(cfg, dict.fromkeys(losses, cfg.betas), losses), report=True)
-        measured, failures = [], []
-    else:
-        runs = train_sweep(setup)
-        measured, failures = study(setup) if args.study else ([], [])
-        measured += measure_figures(setup, runs)
+        stages.watch = partial(figures.draw_progress, out)
+    setups = [prepare(cfg, seed, stages, device, pair_texts, args.pairs)
+              for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
+    for setup in setups:    # first, because all workers can share it
+        reference_completions(setup, "train", cfg.prompts)
+        if rank == 0 and not pair_texts:
+            export_preferences(setup, overwrite=not losses)
+    runs = train_losses(setups, losses) if losses else train_sweep(setups)
+    if losses:    # the optimum is that of the baselines, which are trained on pi_ref's pairs
+        setups = [setup._replace(user_pairs=None) for setup in setups]
+    optimum = frontier.mean_optimum({setup.seed: estimate_optimum(setup, proposals(setup, runs))
+                                     for setup in setups})
+    measured = [] if losses else measure_figures(setups[0], runs)
+    failures = [run["failure"] for run in runs if run["failure"]]
+    if args.study:
+        gap_rows, gap_failures = study(setups[0], runs)
+        measured, failures = measured + gap_rows, failures + gap_failures
     if rank > 0:
         return 0
-    failures += [run["failure"] for run in runs if run["failure"]]
     measured += figures.earlier_rows(out, optimum, measured)
-    runs = load_baselines(setup) + runs if losses else runs
-    rows = collect_rows(setup, runs, measured, optimum)
-    if not losses:
+    rows = collect_rows(setups, runs, measured, optimum)
+    if not losses:    # with --loss, an earlier command's costs stay
         measured = [row for row in measured if row["figure"] != "cost"]
-        measured += cost.compute_costs(rows, optimum, setup.stages.seconds)
+        measured += cost.compute_costs(rows, optimum, stages.seconds)
     figures.write_results(out, rows, failures, optimum, measured)
     figures.draw_all(out)
     print(tables.report(rows, failures, optimum), f"results and figures are in {out}", sep="\n")
@@ -633,11 +787,14 @@ def main() -> int:
     cfg, args = harness.read_flags(sys.argv[1:], Config, PRESETS, __doc__.splitlines()[0])
     check_config(cfg)
     device = harness.choose_device(args.device)
-    harness.load_losses(args.loss, STYLE)    # a bad one is refused before any work
-    pairs = harness.read_pairs(args.pairs) if args.pairs is not None else []
+    harness.load_losses(args.loss, reserved=STYLE)    # a bad one is refused before any work
+    pair_texts = harness.read_pairs(args.pairs) if args.pairs is not None else []
+    if pair_texts and cfg.rounds > 1:
+        raise UserError("--rounds cannot be combined with --pairs: in rounds, the policy writes "
+                        "its own pairs")
     pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     workers = args.workers or harness.default_workers(device)
-    return harness.launch(experiment, workers, device, cfg, args, pairs)
+    return harness.launch(experiment, workers, device, cfg, args, pair_texts)
 
 
 if __name__ == "__main__":

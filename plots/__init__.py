@@ -24,15 +24,15 @@ STYLE = {    # method -> label, colour, marker; the palette of Okabe and Ito, sa
     "best_of_n": ("Best-of-N (learned reward)", "#CC79A7", "p"),
     "best_of_n_gt": ("Best-of-N (true reward)", "#882255", "h"),
 }
-STUDENT_STYLE = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"),
+USER_STYLE = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"),
                  ("#B22222", "<"), ("#2F4F4F", "8"), ("#66A61E", "d")]    # colour, marker
 
 
 def style(methods) -> dict[str, tuple[str, str, str]]:
-    """Label, colour and marker of each method; students' losses take the next free ones."""
-    students = sorted(set(methods) - set(STYLE))
-    extra = {name: (name, *STUDENT_STYLE[i % len(STUDENT_STYLE)])
-             for i, name in enumerate(students)}
+    """Label, colour and marker of each method; users' losses take the next free ones."""
+    user_losses = sorted(set(methods) - set(STYLE))
+    extra = {name: (name, *USER_STYLE[i % len(USER_STYLE)])
+             for i, name in enumerate(user_losses)}
     return {**STYLE, **extra}
 
 
@@ -55,11 +55,23 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
-def run_nearest_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
-    """The finished run of a method, of the first seed, whose KL is nearest to `kl` nats, if any."""
-    finished = [run for run in runs if run["method"] == method and not run["failure"]
-                and run["seed"] == runs[0]["seed"]]
-    return min(finished, key=lambda run: abs(run["rows"][-1]["kl"] - kl), default=None)
+def policy_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
+    """The policy of a method, finished or on the way, whose KL is nearest to `kl` nats, if any.
+
+    Figures compare the methods at equal KL. -> method, setting, step, kl, and `state`, the
+    parameters for `load_policy`.
+    """
+    candidates = []
+    for run in runs:
+        if run["method"] == method:
+            candidates += [{**row, "state": state}
+                           for row, state in zip(run["rows"], run["checkpoints"])]
+    nearest = min(candidates, key=lambda row: abs(row["kl"] - kl), default=None)
+    names = "method", "setting", "step", "kl", "state"
+    return nearest and {name: nearest[name] for name in names}
+
+
+REFERENCE = {"method": "sft", "setting": 0., "step": 0, "kl": 0., "state": {}}    # like a policy
 
 
 def load_policy(setup, state: dict) -> nn.Module:
@@ -67,6 +79,12 @@ def load_policy(setup, state: dict) -> nn.Module:
     policy = copy.deepcopy(setup.ref)
     policy.load_state_dict(state or setup.ref.state_dict())
     return policy
+
+
+def label_with_kl(row: dict) -> str:
+    """The label of a method with the KL of the policy that represents it."""
+    label = STYLE[row["method"]][0].split(" (")[0]
+    return f"{label}, KL {row['kl']:.1f}" if row["kl"] else label
 
 
 def save(figure, path) -> None:

@@ -83,7 +83,7 @@ def sample_pools(setup) -> dict[str, Tensor]:
     against the review that the prompt begins, .5 for a tie, 0 for a loss. `length` is in tokens.
     """
     cfg, X = setup.cfg, len(setup.eval_prompts[0])
-    generator = data.torch_rng("best of n", cfg.seed, device=setup.device)
+    generator = data.named_generator("best of n", cfg.seed, device=setup.device)
     ids, mask = generate(setup.ref, setup.eval_prompts, POOL, cfg.max_tokens,
                          setup.encoding.eot_token, generator)
     learned_reward = map_batches(setup.learned_reward, ids, mask).cpu().view(X, -1)

@@ -8,13 +8,14 @@ import re
 
 import dpo
 from plots import STYLE, plt, save
+from plots.tables import optimum_of
 
 KL, SHARE = 2., .8    # the goal: this share of the optimal gain at this KL, nats
-COMPONENTS = {    # what a method needs before its training -> pattern of the names of its stages
-    "SFT": r"train-reference",
-    "sampling and labelling": r"complete-part-train-\d+-{seed}-\d+",
-    "reward model": r"reward-model-{seed}",
-    "values": r"initial-values-{method}-{seed}",
+COMPONENTS = {    # what a method needs before its training -> the stages of train.py, by name
+    "SFT": r"train-reference-seed{seed}",
+    "sampling and labelling": r"complete-part-train-\d+-\d+-seed{seed}",
+    "reward model": r"fit-reward-model-seed{seed}",
+    "values": r"fit-initial-values-{method}-seed{seed}",
 }
 SHADES = dict(zip(COMPONENTS, ("0.85", "0.7", "0.5", "0.3")))
 ON_PAIRS = ["SFT", "sampling and labelling"]
@@ -42,10 +43,10 @@ def first_success(rows: list[dict], optimum: dict) -> list[dict]:
     they are worth. The next evaluation must meet both conditions too, because the best of several
     noisy evaluations is better than its policy. A finished policy needs no next evaluation.
     """
-    optimal, *_ = dpo.optimal_reward(KL, optimum)
-    min_reward = optimum["ref_reward"] + SHARE * (optimal - optimum["ref_reward"])
-
     def reaches_goal(row: dict) -> bool:
+        curve = optimum_of(optimum, row["seed"])
+        optimal, *_ = dpo.optimal_reward(KL, curve)
+        min_reward = curve["ref_reward"] + SHARE * (optimal - curve["ref_reward"])
         return row["share"] is not None and row["share"] >= SHARE and row["reward"] >= min_reward
 
     runs = {}
@@ -66,7 +67,9 @@ def first_success(rows: list[dict], optimum: dict) -> list[dict]:
 def component_seconds(component: str, method: str, seed: int, seconds: dict[str, float]) -> float:
     """The seconds of all stages of a component of a method's pipeline, for one seed."""
     pattern = COMPONENTS[component].format(method=method, seed=seed)
-    return sum(s for name, s in seconds.items() if re.fullmatch(pattern, name))
+    found = [s for name, s in seconds.items() if re.fullmatch(pattern, name)]
+    assert found, f"no stage is named {pattern}"
+    return sum(found)
 
 
 def tokens_until(rows: list[dict], evaluation: dict, name: str) -> float:

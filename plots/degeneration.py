@@ -11,7 +11,7 @@ import torch
 
 import data
 from model import GPT, generate
-from plots import STYLE, load_policy, mean_and_se, plt, run_nearest_kl, save
+from plots import STYLE, load_policy, mean_and_se, plt, policy_near_kl, save
 
 SAMPLES = 4    # responses to each prompt
 PANELS = {"length": "response length, tokens", "distinct_2": "distinct bigrams / bigrams",
@@ -35,7 +35,7 @@ def evaluate(setup, policy: GPT, *names) -> dict:
 
     The sample is the first response to the first prompt. `names` name the random generator.
     """
-    generator = data.torch_rng("degeneration", setup.cfg.seed, *names, device=setup.device)
+    generator = data.named_generator("degeneration", setup.cfg.seed, *names, device=setup.device)
     ids, mask = generate(policy, setup.eval_prompts, SAMPLES, setup.cfg.max_tokens,
                          setup.encoding.eot_token, generator)
     texts = data.decode(setup.encoding, ids, mask)
@@ -52,15 +52,12 @@ def evaluate(setup, policy: GPT, *names) -> dict:
 
 
 def runs_to_show(runs: list[dict]) -> list[dict]:
-    """DPO near KL 2, then Unlikelihood at its largest and at its smallest alpha.
-
-    Unlikelihood's runs are of the first seed and may have failed.
-    """
-    dpo_run = run_nearest_kl(runs, "dpo")
-    unlikelihood = [run for run in runs
-                    if run["method"] == "unlikelihood" and run["seed"] == runs[0]["seed"]]
+    """DPO near KL 2, then Unlikelihood at its largest and at its smallest alpha, failed or not."""
+    near = policy_near_kl(runs, "dpo")
+    chosen = [run for run in runs if near and run["method"] == "dpo"
+              and run["setting"] == near["setting"]]
+    unlikelihood = [run for run in runs if run["method"] == "unlikelihood"]
     unlikelihood.sort(key=lambda run: run["setting"])
-    chosen = [dpo_run] if dpo_run else []
     chosen += unlikelihood[-1:]
     if len(unlikelihood) > 1:
         chosen.append(unlikelihood[0])
@@ -72,8 +69,8 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     rows = [{"figure": "degeneration", "method": "sft", "setting": 0., "step": 0,
              **evaluate(setup, setup.ref, "sft")}]
     for run in runs_to_show(runs):
-        for step, state in run["checkpoints"]:
-            policy = load_policy(setup, state)
+        for evaluation, state in zip(run["rows"], run["checkpoints"]):
+            step, policy = evaluation["step"], load_policy(setup, state)
             numbers = evaluate(setup, policy, run["method"], run["setting"], step)
             rows.append({"figure": "degeneration", "method": run["method"],
                          "setting": run["setting"], "step": step, **numbers})

@@ -9,8 +9,9 @@ import pathlib
 
 import harness
 from plots import (best_of_n, cost, degeneration, domains, frontier, gap, inside, judges,
-                   overoptimisation, samples, winrate)
+                   overoptimisation, prompts, samples, tables, winrate)
 
+PROGRESS = []    # rows of the policies that this process has trained with a watch
 FROM_RESULTS = {    # from results.jsonl and optimum.json: draw(rows, optimum, path)
     "frontier": frontier,
     "inside": inside,
@@ -20,6 +21,7 @@ FROM_POLICIES = {    # measure(setup, runs) -> rows of measured.jsonl; draw(rows
     "best_of_n": best_of_n,
     "overoptimisation": overoptimisation,
     "domains": domains,
+    "prompts": prompts,
     "judges": judges,
     "degeneration": degeneration,
     "samples": samples,
@@ -49,6 +51,25 @@ def earlier_rows(folder: pathlib.Path, optimum: dict, measured: list[dict]) -> l
     names = {row["figure"] for row in measured}
     earlier = harness.read_jsonl(folder / "measured.jsonl")
     return [row for row in earlier if row["figure"] not in names]
+
+
+def draw_progress(folder: pathlib.Path, row: dict) -> None:
+    """Draw a row of results, of a policy that is being trained, into the frontier of the folder.
+
+    Prints its share of the optimal gain. Without results of the baselines it does nothing.
+    """
+    optimum = harness.read_jsonl(folder / "optimum.json")
+    if not optimum or str(row["seed"]) not in optimum[0].get("seeds", {}):
+        return
+    row = {**row}
+    tables.add_shares([row], optimum[0])
+    if row["share"] is not None:
+        print("    share of the optimal gain {share:.0%} +- {share_se:.0%}".format(**row),
+              flush=True)
+    PROGRESS.append(row)
+    rows = [other for other in harness.read_jsonl(folder / "results.jsonl")
+            if other["method"] != row["method"]]
+    frontier.draw(rows + PROGRESS, optimum[0], folder / "frontier.png")
 
 
 def draw_all(folder: pathlib.Path) -> list[str]:

@@ -1,12 +1,65 @@
 """Fig. 2, left: true reward against KL(pi || pi_ref), every method below the optimal frontier."""
+import math
 import statistics
 
+import torch
+from torch import Tensor
+
+import data
+import dpo
+from model import GPT, batched_sequence_logp, generate
 from plots import MIN_ESS, plt, save, style
 
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
 BEST_OF_N = "best_of_n", "best_of_n_gt"
 
 
+# ------------------------------------------------------------------------- measuring the optimum
+def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], samples: int,
+                   generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples of M policies, pi_ref among them, from which the optimum can be estimated.
+
+    Each policy samples n = `samples` responses to each of X prompts. -> ids and mask
+    (X, M * n, T), true rewards and log weights (`dpo.balance_heuristic`) (X, M * n). Policies that
+    are nearer to the optimum than pi_ref give more effective samples.
+    """
+    max_tokens, end = setup.cfg.max_tokens, setup.encoding.eot_token
+    generated = [generate(policy, prompts, samples, max_tokens, end, generator)
+                 for policy in policies]
+    ids, mask = (torch.cat(parts) for parts in zip(*generated))              # (M * X * samples, T)
+    logp = torch.stack([batched_sequence_logp(policy, ids, mask, setup.device)
+                        for policy in policies])
+    ref_logp = batched_sequence_logp(setup.ref, ids, mask, setup.device)
+    log_weight = dpo.balance_heuristic(ref_logp, logp)
+    reward = data.true_reward(setup.encoding, ids, mask).cpu()
+
+    def by_prompt(x: Tensor) -> Tensor:
+        x = x.view(len(policies), len(prompts[0]), samples, *x.shape[1:])
+        return x.transpose(0, 1).flatten(1, 2)
+
+    return by_prompt(ids), by_prompt(mask), by_prompt(reward), by_prompt(log_weight)
+
+
+def estimate(reward: Tensor, log_weight: Tensor) -> dict:
+    """The optimal frontier from rewards and log weights, and `ref_reward`, pi_ref's mean reward."""
+    ref_reward = (log_weight.softmax(1) * reward).sum(1).mean().item()
+    betas = torch.logspace(-3.5, 1.5, 200)
+    return {**dpo.optimal_frontier(reward, betas, log_weight), "ref_reward": ref_reward}
+
+
+def mean_optimum(optima: dict[int, dict]) -> dict:
+    """The mean over seeds of optimal frontiers, at common betas; `seeds` holds each of them."""
+    mean = {}
+    for name in ("beta", "kl", "reward", "ess"):
+        columns = zip(*(optimum[name] for optimum in optima.values()))
+        mean[name] = [statistics.fmean(column) for column in columns]
+    errors = zip(*(optimum["se"] for optimum in optima.values()))
+    mean["se"] = [math.hypot(*column) / len(column) for column in errors]
+    mean["ref_reward"] = statistics.fmean(optimum["ref_reward"] for optimum in optima.values())
+    return {**mean, "seeds": {str(seed): optimum for seed, optimum in optima.items()}}
+
+
+# ---------------------------------------------------------------------------------------- drawing
 def draw_optimum(axis, optimum: dict) -> None:
     """Draw the optimal frontier; the area that no policy can reach is shaded.
 
@@ -35,7 +88,7 @@ def mean_over_seeds(rows: list[dict]) -> list[dict]:
         mean = {**group[0]}
         for name in ("kl", "kl_se", "reward", "reward_se"):
             mean[name] = statistics.fmean(row[name] for row in group)
-        if len({row["reward"] for row in group}) > 1:    # SFT is the same policy for all seeds
+        if len(group) > 1:
             for name in ("kl", "reward"):
                 deviation = statistics.stdev(row[name] for row in group)
                 mean[f"{name}_se"] = deviation / len(group) ** .5

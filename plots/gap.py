@@ -1,96 +1,138 @@
-"""What keeps DPO from the optimum: one obstacle is removed at a time (`train.py --study`)."""
-from plots import STYLE, plt, save
+"""What keeps DPO from the optimum? (`train.py --study`)
 
-MORE_EPISODES = "four times the episodes"    # of PPO-GT, which generates its own data
-SLOWER, FASTER = "learning rate / 3.2", "learning rate x 3.2"
-LEARNING_RATES = {SLOWER: 10**-.5, "as it is": 1., FASTER: 10**.5}    # variant -> multiple
-DPO_STYLE = {    # variant -> colour, marker, line style; no colour of another method
-    "as it is": (STYLE["dpo"][1], "o", "-"),
-    "half the pairs, twice": ("#999933", "v", "--"),
-    "all pairs, twice": ("#2F4F4F", "s", "--"),
-    "twice the pairs": ("#7F3FBF", "^", "-"),
-    "Bradley-Terry labels": ("#8C564B", "D", ":"),
+Left: the share of the optimal gain of DPO with one thing changed at a time: the pairs come in
+rounds from the policy itself, three epochs instead of one, a network twice as wide (with half the
+learning rate).
+Right: where each policy spends its nats, by the role of the token (plots/nats.py), at KL near 2.
+"""
+import torch
+from torch import Tensor
+
+import data
+from model import batched_sequence_logp, generate
+from plots import STYLE, mean_and_se, nats, plt, policy_near_kl, save
+
+PAPER = "one round (the paper)"
+VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
+    PAPER: (STYLE["dpo"][1], "o", "-"),
+    "4 rounds": ("#8C564B", "v", "--"),
+    "16 rounds": ("#7F3FBF", "^", "-"),
+    "64 rounds": ("#2F4F4F", "s", ":"),
+    "three epochs": ("#999933", "D", "--"),
     "twice as wide": ("#E7298A", "P", "-."),
 }
+NATS = {    # (method, variant) whose nats are drawn, beside those of the optimum
+    ("ppo_gt", PAPER): STYLE["ppo_gt"][1],
+    ("dpo", PAPER): STYLE["dpo"][1],
+    ("dpo", "16 rounds"): VARIANTS["16 rounds"][0],
+}
+KL = 2.           # nats, at which policies are compared by role
+SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ranks
 
 
 def variants(cfg) -> dict[str, tuple[dict, dict]]:
     """name -> (fields of the configuration to change, methods with the settings to train)."""
-    dpo = {"dpo": cfg.betas}
-    ppo_gt = {"ppo_gt": cfg.kl_targets[1:2]}
-    one_setting = {"dpo": cfg.betas[1:2], "ppo": cfg.kl_targets[1:2], **ppo_gt}
-    found = {
-        "as it is": ({}, {**one_setting, **dpo}),
-        "half the pairs, twice": (dict(prompts=cfg.prompts // 2, epochs=2 * cfg.epochs), dpo),
-        "all pairs, twice": (dict(epochs=2 * cfg.epochs), dpo),
-    }
-    if 2 * cfg.prompts <= .8 * cfg.reviews:    # 80% of the reviews are for training
-        found["twice the pairs"] = dict(prompts=2 * cfg.prompts), dpo
-    factor = 10**.5
-    return {
-        **found,
-        "Bradley-Terry labels": (dict(labels="bt"), dpo),
-        "twice as wide": (dict(width=2 * cfg.width), dpo),
-        MORE_EPISODES: (dict(ppo_steps=4 * cfg.ppo_steps), ppo_gt),
-        SLOWER: (dict(lr=cfg.lr / factor, ppo_lr=cfg.ppo_lr / factor), one_setting),
-        FASTER: (dict(lr=cfg.lr * factor, ppo_lr=cfg.ppo_lr * factor), one_setting),
-    }
+    dpo = {"dpo": cfg.betas[:3]}
+    found = {PAPER: ({}, {**dpo, "ppo_gt": cfg.kl_targets})}
+    for rounds in (4, 16, 64):
+        found[f"{rounds} rounds"] = dict(rounds=rounds), dpo
+    found["three epochs"] = dict(epochs=3 * cfg.epochs), dpo
+    found["twice as wide"] = dict(width=2 * cfg.width, lr=cfg.lr / 2), dpo
+    return found
 
 
-def draw_line(axis, x: list[float], rows: list[dict], label: str, **line_style) -> None:
-    """Draw the shares of the optimal gain of some rows at `x`, joined, with their errors."""
-    axis.errorbar(x, [row["share"] for row in rows], yerr=[row["share_se"] for row in rows],
-                  label=label, lw=1.4, ms=7, mec="white", elinewidth=.8, **line_style)
+# -------------------------------------------------------------------------------------- measuring
+def rank_accuracy(setup, policy, sampler, *names) -> tuple[float, float]:
+    """How often log pi/pi_ref ranks two responses of `sampler` as the true reward does.
+
+    log pi/pi_ref is the reward that DPO implies (Section 5). Ties are left out. -> accuracy, its
+    standard error over prompts.
+    """
+    generator = data.named_generator("rank accuracy", setup.cfg.seed, *names, device=setup.device)
+    ids, mask = generate(sampler, setup.eval_prompts, SAMPLES, setup.cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
+    implied = (batched_sequence_logp(policy, ids, mask, setup.device)
+               - batched_sequence_logp(setup.ref, ids, mask, setup.device)).view(-1, SAMPLES)
+    reward = data.true_reward(setup.encoding, ids, mask).cpu().view(-1, SAMPLES)
+    return mean_and_se(agreement(implied, reward))
 
 
+def agreement(implied: Tensor, reward: Tensor) -> Tensor:
+    """The share of pairs of each prompt that two rewards (X, n) rank alike -> (X', 1).
+
+    Prompts whose responses all have the same reward are left out.
+    """
+    i, j = torch.triu_indices(reward.shape[1], reward.shape[1], 1)
+    differs = reward[:, i] != reward[:, j]
+    alike = (implied[:, i] > implied[:, j]) == (reward[:, i] > reward[:, j])
+    pairs = differs.sum(1)
+    return ((alike & differs).sum(1)[pairs > 0] / pairs[pairs > 0])[:, None]
+
+
+def measure_policy(setup, variant: str, policy: dict, model) -> dict:
+    """The row of a policy: its nats by role, and the rank accuracy of the reward it implies."""
+    row = {"figure": "gap", "panel": "nats", "variant": variant,
+           **{name: policy[name] for name in ("method", "setting", "step")}}
+    row.update(nats.policy_nats(setup, model, policy["method"], variant))
+    for name, sampler in (("ref", setup.ref), ("own", model)):
+        accuracy, error = rank_accuracy(setup, model, sampler, name, policy["method"], variant)
+        row.update({f"accuracy_{name}": accuracy, f"accuracy_{name}_se": error})
+    return row
+
+
+def policies_to_measure(runs: list[dict]) -> list[dict]:
+    """Of each method the policy, finished or on the way, whose KL is nearest to 2."""
+    methods = dict.fromkeys(run["method"] for run in runs)
+    policies = [policy_near_kl(runs, method, KL) for method in methods]
+    return [policy for policy in policies if policy]    # none if all runs of a method failed
+
+
+# ---------------------------------------------------------------------------------------- drawing
 def draw_variants(axis, rows: list[dict]) -> None:
-    """Left: share of the optimal gain against KL, one line for each variant."""
-    for variant, (colour, marker, line) in DPO_STYLE.items():
-        points = [row for row in rows if row["variant"] == variant and row["method"] == "dpo"]
-        points.sort(key=lambda row: row["kl"])
-        draw_line(axis, [row["kl"] for row in points], points, f"DPO, {variant}", color=colour,
-                  marker=marker, ls=line)
-    points = [row for row in rows
-              if row["method"] == "ppo_gt" and row["variant"] in ("as it is", MORE_EPISODES)]
-    points.sort(key=lambda row: row["variant"] == MORE_EPISODES)
+    """The share of the optimal gain against KL, one line for each variant."""
+    lines = [("dpo", variant, f"DPO, {variant}", style) for variant, style in VARIANTS.items()]
     _, colour, marker = STYLE["ppo_gt"]
-    draw_line(axis, [row["kl"] for row in points], points,
-              f"PPO-GT, as it is \u2192 {MORE_EPISODES}", color=colour, marker=marker, ls=":")
-    axis.set(ylim=(.5, 1.03))
+    lines.append(("ppo_gt", PAPER, "PPO-GT", (colour, marker, ":")))
+    for method, variant, label, (colour, marker, line) in lines:
+        points = [row for row in rows if row["method"] == method and row["variant"] == variant
+                  and row["share"] is not None]
+        points.sort(key=lambda row: row["kl"])
+        axis.errorbar([row["kl"] for row in points], [row["share"] for row in points],
+                      yerr=[row["share_se"] for row in points], label=label, color=colour,
+                      marker=marker, ls=line, lw=1.4, ms=7, mec="white", elinewidth=.8)
+    axis.axhline(1, color="0.25", lw=2)
+    axis.set(ylim=(.7, 1.02))
     axis.set_xlabel("sequence KL(\u03c0 \u2016 \u03c0_ref), nats", fontsize=12)
     axis.set_ylabel("share of the optimal gain", fontsize=12)
     axis.legend(fontsize=10, loc="lower right")
+    axis.grid(alpha=.25)
 
 
-def draw_learning_rates(axis, rows: list[dict]) -> None:
-    """Right: one line over three learning rates for each method; the KL is beside each point."""
-    studied = {(row["method"], row["setting"]) for row in rows
-               if row["variant"] in (SLOWER, FASTER)}
-    for method, setting in sorted(studied):
-        label, colour, marker = STYLE[method]
-        points = [row for row in rows if row["method"] == method and row["setting"] == setting
-                  and row["variant"] in LEARNING_RATES]
-        points.sort(key=lambda row: LEARNING_RATES[row["variant"]])
-        rates = [LEARNING_RATES[row["variant"]] for row in points]
-        draw_line(axis, rates, points, label, color=colour, marker=marker)
-        offset = 9 if method == "ppo_gt" else -17
-        for rate, row in zip(rates, points):
-            axis.annotate(f"KL {row['kl']:.1f}", (rate, row["share"]), (0, offset),
-                          textcoords="offset points", ha="center", fontsize=9, color=colour)
-    axis.set(xscale="log", xlim=(.2, 5))
-    axis.set_xlabel("learning rate / default", fontsize=12)
-    axis.set_xticks(list(LEARNING_RATES.values()), ["1/3.2", "1", "3.2"])
-    axis.minorticks_off()
+def draw_nats(axis, rows: list[dict]) -> None:
+    """KL by the role of the token: a bar for the optimum and for each policy."""
+    bars = [(row, "0.25", f"optimum, KL {row['kl']:.1f}") for row in rows
+            if row["method"] == "optimum"]
+    for row in rows:
+        colour = NATS.get((row["method"], row["variant"]))
+        if colour:
+            label = STYLE[row["method"]][0].split(" (")[0]
+            variant = f", {row['variant']}" if row["method"] == "dpo" else ""
+            bars.append((row, colour, f"{label}{variant}, KL {row['kl']:.1f}"))
+    height = .8 / max(len(bars), 1)
+    for i, (row, colour, label) in enumerate(bars):
+        y = [k - .4 + (i + .5) * height for k in range(len(nats.ROLES))]
+        axis.barh(y, [row[role] for role in nats.ROLES], height, color=colour, label=label,
+                  xerr=[row[f"{role}_se"] for role in nats.ROLES], ecolor="0.5")
+    axis.set_yticks(range(len(nats.ROLES)), nats.ROLES, fontsize=11)
+    axis.invert_yaxis()
+    axis.set_xlabel("nats of a response, by the role of the token", fontsize=12)
     axis.legend(fontsize=10, loc="lower right")
+    axis.grid(alpha=.25, axis="x")
 
 
 def draw(rows: list[dict], path) -> None:
-    """Draw the variants and the learning rates, as far as the KL is on the optimal frontier."""
-    rows = [row for row in rows if row["share"] is not None]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5), width_ratios=(3, 2), sharey=True)
-    draw_variants(left, rows)
-    draw_learning_rates(right, rows)
-    for axis in (left, right):
-        axis.axhline(1, color="0.25", lw=2)
-        axis.grid(alpha=.25)
+    """Left: the variants. Right: the nats by role."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4))
+    draw_variants(left, [row for row in rows if row["panel"] == "share"])
+    draw_nats(right, [row for row in rows if row["panel"] == "nats"])
     save(figure, path)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import data
 from model import generate, map_batches
-from plots import STYLE, load_policy, mean_and_se, plt, run_nearest_kl, save
+from plots import (REFERENCE, STYLE, label_with_kl, load_policy, mean_and_se, plt,
+                   policy_near_kl, save)
 
 JUDGES = {"true": "true reward", "annotator_1": "annotator 1", "annotator_2": "annotator 2",
           "learned": "learned reward"}
@@ -60,7 +61,7 @@ def generate_responses(setup, name: str, state: dict) -> tuple[Tensor, Tensor]:
     `name` names the random generator.
     """
     cfg = setup.cfg
-    generator = data.torch_rng("judges", cfg.seed, name, device=setup.device)
+    generator = data.named_generator("judges", cfg.seed, name, device=setup.device)
     return generate(load_policy(setup, state), setup.eval_prompts, cfg.eval_samples,
                     cfg.max_tokens, setup.encoding.eot_token, generator)
 
@@ -78,7 +79,7 @@ def compare(setup, method: str, responses: tuple[Tensor, Tensor],
         learned_rewards.append(map_batches(setup.learned_reward, ids, mask).cpu().view(shape))
     verdicts = {"true": verdict(*true_rewards)}
     for i in (1, 2):
-        generator = data.torch_rng("annotator", setup.cfg.seed, i, method)
+        generator = data.named_generator("annotator", setup.cfg.seed, i, method)
         verdicts[f"annotator_{i}"] = annotate(*true_rewards, setup.cfg.tau, generator)
     verdicts["learned"] = verdict(*learned_rewards)
     return verdicts
@@ -90,19 +91,18 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     There is a win rate for each method and judge, and an agreement, over the comparisons of all
     methods, for each pair of judges.
     """
-    sft = {"method": "sft", "setting": 0., "policy": {}}
-    opponent = run_nearest_kl(runs, "preferred_ft") or sft
-    opponent_responses = generate_responses(setup, "fixed", opponent["policy"])
-    candidates = [run_nearest_kl(runs, "dpo"), sft, run_nearest_kl(runs, "ppo")]
-    compared = [run for run in candidates if run]
+    opponent = policy_near_kl(runs, "preferred_ft") or REFERENCE
+    opponent_responses = generate_responses(setup, "fixed", opponent["state"])
+    candidates = [policy_near_kl(runs, "dpo"), REFERENCE, policy_near_kl(runs, "ppo")]
     rows, verdicts_by_method = [], []
-    for run in compared:
-        responses = generate_responses(setup, run["method"], run["policy"])
-        verdicts = compare(setup, run["method"], responses, opponent_responses)
+    for policy in [policy for policy in candidates if policy]:
+        responses = generate_responses(setup, policy["method"], policy["state"])
+        verdicts = compare(setup, policy["method"], responses, opponent_responses)
         verdicts_by_method.append(verdicts)
         for judge in JUDGES:
             win_rate, win_rate_se = mean_and_se(verdicts[judge])
-            rows.append({"figure": "judges", "method": run["method"], "setting": run["setting"],
+            rows.append({"figure": "judges",
+                         **{name: policy[name] for name in ("method", "setting", "step", "kl")},
                          "against": opponent["method"], "judge": judge, "win_rate": win_rate,
                          "win_rate_se": win_rate_se})
     for judge, other in itertools.combinations(JUDGES, 2):
@@ -127,7 +127,8 @@ def draw_win_rates(axis, rows: list[dict]) -> None:
     for marker, label in zip(MARKERS, JUDGES.values()):
         axis.plot([], [], marker, color="0.4", ms=9, label=label)
     axis.axhline(.5, color="0.5", ls=":", lw=1.2, zorder=0)
-    axis.set_xticks(range(len(methods)), [STYLE[method][0].split(" (")[0] for method in methods])
+    labels = [label_with_kl(row_of[method, "true"]).replace(", ", ",\n") for method in methods]
+    axis.set_xticks(range(len(methods)), labels)
     axis.set(xlim=(-.5, len(methods) - .5))
     axis.set_ylabel(f"win rate against {STYLE[rows[0]['against']][0]}", fontsize=14)
     axis.tick_params(labelsize=13)

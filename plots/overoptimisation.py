@@ -35,7 +35,8 @@ def policy_rewards(setup, state: dict, samples: int, *names) -> tuple[Tensor, Te
     `state` holds its parameters, {} for pi_ref; B = prompts * samples; `names` name the random
     generator.
     """
-    generator = data.torch_rng("overoptimisation", *names, device=setup.device)
+    generator = data.named_generator("overoptimisation", setup.cfg.seed, *names,
+                                     device=setup.device)
     ids, mask = generate(load_policy(setup, state), setup.eval_prompts, samples,
                          setup.cfg.max_tokens, setup.encoding.eot_token, generator)
     true = data.true_reward(setup.encoding, ids, mask)
@@ -43,17 +44,18 @@ def policy_rewards(setup, state: dict, samples: int, *names) -> tuple[Tensor, Te
 
 
 def measure(setup, runs: list[dict]) -> list[dict]:
-    """True reward and matched true reward of all checkpoints of PPO, first seed."""
+    """True reward and matched true reward of all checkpoints of PPO."""
     ref_true, ref_learned = policy_rewards(setup, {}, REF_SAMPLES, "sft")
     rows = []
     for run in runs:
-        if run["method"] != "ppo" or run["seed"] != setup.cfg.seed:
+        if run["method"] != "ppo":
             continue
-        for (step, state), result in zip(run["checkpoints"], run["rows"]):
+        for evaluation, state in zip(run["rows"], run["checkpoints"]):
+            step = evaluation["step"]
             true, learned = policy_rewards(setup, state, SAMPLES, run["setting"], step)
             matched = matched_true_reward(learned, ref_learned, ref_true)
             row = {"figure": "overoptimisation", "setting": run["setting"], "step": step,
-                   "kl": result["kl"]}
+                   "kl": evaluation["kl"]}
             row["true"], row["true_se"] = mean_and_se(true.view(-1, SAMPLES))
             row["learned"], row["learned_se"] = mean_and_se(matched.view(-1, SAMPLES))
             rows.append(row)
@@ -76,7 +78,7 @@ def draw(rows: list[dict], path) -> None:
         for name, fill in fills.items():
             axis.errorbar(kl, [row[name] for row in run], yerr=[row[f"{name}_se"] for row in run],
                           fmt=marker, ms=7, mfc=fill, color=colour, elinewidth=.8)
-    labels = {"learned": "what the learned reward, which PPO is paid, promises",
+    labels = {"learned": "promised by the learned reward, on which PPO is trained",
               "true": "true reward"}
     for name, fill in fills.items():
         axis.plot([], [], "o", mfc=fill, color=colour, label=labels[name])

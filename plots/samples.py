@@ -6,27 +6,25 @@ import re
 
 import data
 from model import generate
-from plots import load_policy, run_nearest_kl, style
+from plots import REFERENCE, load_policy, policy_near_kl, style
 
 PROMPTS = 4
 METHODS = "dpo", "ppo", "ppo_gt", "preferred_ft", "unlikelihood"
 HEADER = [    # lines of Markdown
     "# What the policies write",
     "",
-    "One response of each policy to each prompt, the first that was drawn, with the true reward of "
-    "prompt",
-    "and response together; of each method the policy whose KL is nearest to 2 nats. All were "
-    "drawn with the same random numbers:",
-    "where two policies agree, so do their texts.",
+    "One response of each policy to each of the first evaluation prompts, with the true reward of",
+    "prompt and response together. No response was selected. Of each method this is the policy,",
+    "finished or on the way, whose KL is nearest to 2 nats. All policies use the same random",
+    "numbers, so their texts agree as long as the policies do.",
 ]
 
 
 # ---------------------------------------------------------------------------------------- measuring
 def policies_to_show(runs: list[dict]) -> list[dict]:
-    """pi_ref, then the run of each method whose KL is nearest to 2 nats."""
-    reference = {"method": "sft", "setting": 0., "policy": {}, "rows": [{"kl": 0.}]}
-    nearest = [run_nearest_kl(runs, method) for method in METHODS]
-    return [reference, *filter(None, nearest)]
+    """pi_ref, then the policy of each method whose KL is nearest to 2 nats."""
+    nearest = [policy_near_kl(runs, method) for method in METHODS]
+    return [REFERENCE, *(policy for policy in nearest if policy)]
 
 
 def measure(setup, runs: list[dict]) -> list[dict]:
@@ -35,18 +33,18 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     ids, lengths = (p[:PROMPTS] for p in setup.eval_prompts)
     prompts = [encoding.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     rows = []
-    for run in policies_to_show(runs):
+    for policy in policies_to_show(runs):
         # the same random numbers for all methods
-        generator = data.torch_rng("samples", setup.cfg.seed, device=setup.device)
-        policy = load_policy(setup, run["policy"])
-        responses, mask = generate(policy, (ids, lengths), 1, setup.cfg.max_tokens,
+        generator = data.named_generator("samples", setup.cfg.seed, device=setup.device)
+        model = load_policy(setup, policy["state"])
+        responses, mask = generate(model, (ids, lengths), 1, setup.cfg.max_tokens,
                                    encoding.eot_token, generator)
         texts = data.decode(encoding, responses, mask)
         rewards = data.true_reward(encoding, responses, mask).tolist()
         for i, (prompt, text, reward) in enumerate(zip(prompts, texts, rewards)):
-            rows.append({"figure": "samples", "method": run["method"], "setting": run["setting"],
-                         "kl": run["rows"][-1]["kl"], "index": i, "prompt": prompt,
-                         "response": text[len(prompt):], "reward": reward})
+            rows.append({"figure": "samples", "method": policy["method"],
+                         "setting": policy["setting"], "kl": policy["kl"], "index": i,
+                         "prompt": prompt, "response": text[len(prompt):], "reward": reward})
     return rows
 
 

@@ -11,16 +11,22 @@ import dpo
 from plots import MIN_ESS, style
 
 
+def optimum_of(optimum: dict, seed: int) -> dict:
+    """The optimum of one seed, from the mean over seeds that holds it."""
+    return optimum["seeds"][str(seed)]
+
+
 def add_shares(rows: list[dict], optimum: dict) -> None:
-    """Add to each row F at its KL and the share of the optimal gain, with its standard error.
+    """Add to each row `optimal_reward`, the optimum of its seed at its KL, and the `share`.
 
     They are None for SFT and Best-of-1, whose gain is 0, and beyond the end of the curve.
     """
     for row in rows:
         row.update(optimal_reward=None, share=None, share_se=None)
-        if 1e-6 <= row["kl"] <= max(optimum["kl"]):
+        curve = optimum_of(optimum, row["seed"])
+        if 1e-6 <= row["kl"] <= max(curve["kl"]):
             optimal, share, share_se = dpo.share_of_optimal_gain(
-                row["reward"], row["reward_se"], row["kl"], row["kl_se"], optimum)
+                row["reward"], row["reward_se"], row["kl"], row["kl_se"], curve)
             row.update(optimal_reward=optimal, share=share, share_se=share_se)
 
 
@@ -37,9 +43,10 @@ def above_optimum(rows: list[dict], optimum: dict) -> list[dict]:
     """
     found = []
     for row in rows:
-        if row["optimal_reward"] is None or row["kl"] > reliable_kl(optimum):
+        curve = optimum_of(optimum, row["seed"])
+        if row["optimal_reward"] is None or row["kl"] > reliable_kl(curve):
             continue
-        optimal, slope, optimum_se = dpo.optimal_reward(row["kl"], optimum)
+        optimal, slope, optimum_se = dpo.optimal_reward(row["kl"], curve)
         noise = math.hypot(row["reward_se"], slope * row["kl_se"], optimum_se)
         if row["reward"] - optimal > 4 * noise:
             found.append(row)
@@ -66,9 +73,9 @@ def table_of_policies(rows: list[dict]) -> str:
 def shares_at(rows: list[dict], method: str, kl: float) -> list[tuple[float, float]]:
     """The share of the optimal gain and its standard error at a KL, one for each seed.
 
-    Linear in KL between the method's two nearest finished policies, of which the farther has at
-    most 4 times the KL of the nearer. A policy within a tenth of `kl` is near enough by itself. A
-    seed without such policies is left out.
+    Interpolates linearly in KL between the nearest finished policy below and the nearest above, if
+    their KLs differ at most fourfold. A policy within a tenth of `kl` may serve as both. A seed
+    without such policies is left out.
     """
     finished = [row for row in rows
                 if row["final"] and row["method"] == method and row["share"] is not None]
@@ -97,7 +104,7 @@ def mean_share(found: list[tuple[float, float]]) -> str:
     return f"{statistics.fmean(shares):.1%} +- {error:.1%}"
 
 
-def table_of_shares(rows: list[dict], kls: tuple[float, ...] = (1., 2., 4.)) -> str:
+def table_of_shares(rows: list[dict], kls: tuple[float, ...] = (1., 2., 4., 7.)) -> str:
     """The share of the optimal gain at some KLs, along each method's own frontier."""
     lines = ["share of the optimal gain at KL" + "".join(f"{kl:>14g}" for kl in kls)
              + "   along each method's own frontier, mean over seeds"]

@@ -1,22 +1,23 @@
 """Fig. 2, right, and Fig. 3: win rate against sampling temperature, and over the training of DPO.
 
 The opponent of a response is the review whose beginning is the prompt. The higher true reward wins,
-and a tie counts half. Each method is represented by its policy whose KL at temperature 1 is nearest
-to 2 nats. The paper (TL;DR, evaluated by GPT-4): DPO wins 61% at temperature 0; PPO wins 57% at its
-best temperature, which is also 0. As the temperature rises, PPO falls to the level of the model
-before SFT, and DPO does not.
+and a tie counts half. Each method is represented by its policy, finished or on the way, whose KL at
+temperature 1 is nearest to 2 nats; Best-of-N by N = 16, whose KL is at most 1.8. The paper (TL;DR,
+evaluated by GPT-4): DPO wins 61% at temperature 0; PPO wins 57% at its best temperature, which is
+also 0. As the temperature rises, PPO falls to the level of the model before SFT, and DPO does not.
 
-At temperature 0 a policy writes nearly the same text for all prompts, because the openings are
-neutral. Its win rate is then that of one text, which is good or bad by luck, and the standard error
-over prompts does not contain this luck. `distinct` counts the different rewards of the responses.
-Points with fewer than MIN_DISTINCT are hollow.
+A policy that writes nearly the same text for all prompts wins or loses by luck, and the standard
+error over prompts does not contain this luck. `distinct` counts the different rewards of the
+responses. Points with fewer than MIN_DISTINCT are hollow.
 """
 import torch
 from torch import Tensor
 
 import data
 from model import GPT, generate, map_batches
-from plots import STYLE, load_policy, mean_and_se, plt, run_nearest_kl, save
+from plots import (REFERENCE, STYLE, label_with_kl, load_policy, mean_and_se, plt,
+                   policy_near_kl, save)
+from plots.best_of_n import kl_bound
 
 METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # compared with pi_ref and with Best-of-N
 TEMPERATURES = 0., .25, .5, .75, 1.
@@ -45,19 +46,16 @@ def review_prompts(setup, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tens
 
     -> (ids (N, P), lengths (N,)), rewards (N,), all on the device.
     """
-    ids, lengths = data.make_prompts(setup.encoding, texts, data.rng("winrate", setup.cfg.seed))
+    ids, lengths = data.make_prompts(setup.encoding, texts,
+                                     data.named_rng("winrate", setup.cfg.seed))
     reward = torch.tensor([data.sentiment(text) for text in texts], device=setup.device)
     return (ids.to(setup.device), lengths.to(setup.device)), reward
 
 
-def policies_to_compare(setup, runs: list[dict]) -> list[tuple[str, float, GPT]]:
-    """Method, setting and policy of pi_ref and of the run that represents each method."""
-    policies = [("sft", 0., setup.ref)]
-    for method in METHODS:
-        run = run_nearest_kl(runs, method)
-        if run:
-            policies.append((method, run["setting"], load_policy(setup, run["policy"])))
-    return policies
+def policies_to_compare(runs: list[dict]) -> list[dict]:
+    """pi_ref, and of each method the policy that is nearest to KL 2 (`policy_near_kl`)."""
+    policies = [policy_near_kl(runs, method) for method in METHODS]
+    return [REFERENCE, *(policy for policy in policies if policy)]
 
 
 def generate_responses(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
@@ -68,7 +66,7 @@ def generate_responses(setup, policy: GPT, prompts: tuple[Tensor, Tensor], sampl
     than their win rates.
     """
     count = samples if temperature > 0 else 1
-    generator = data.torch_rng("winrate", setup.cfg.seed, temperature, device=setup.device)
+    generator = data.named_generator("winrate", setup.cfg.seed, temperature, device=setup.device)
     return generate(policy, prompts, count, setup.cfg.max_tokens, setup.encoding.eot_token,
                     generator, temperature)
 
@@ -92,40 +90,44 @@ def best_rewards(setup, prompts: tuple[Tensor, Tensor], temperature: float) -> T
     return data.true_reward(setup.encoding, ids[best], mask[best])[:, None]
 
 
-def win_rate_row(method: str, setting: float, temperature: float, step: int | None,
-                 reward: Tensor, review_reward: Tensor) -> dict:
+def win_rate_row(policy: dict, panel: str, temperature: float, reward: Tensor,
+                 review_reward: Tensor) -> dict:
     """The row of a policy, from the rewards of its responses (N, n) and of the reviews (N,)."""
     win_rate, win_rate_se = mean_and_se(win_probability(reward, review_reward)[:, None])
-    return {"figure": "winrate", "method": method, "setting": setting, "temperature": temperature,
-            "step": step, "win_rate": win_rate, "win_rate_se": win_rate_se,
+    return {"figure": "winrate", "panel": panel,
+            **{name: policy[name] for name in ("method", "setting", "step", "kl")},
+            "temperature": temperature, "win_rate": win_rate, "win_rate_se": win_rate_se,
             "distinct": len(reward.unique())}
 
 
 def measure(setup, runs: list[dict]) -> list[dict]:
     """A row for each policy and temperature.
 
-    `step` is None for finished policies (left panel), and the step of a checkpoint of DPO (right
-    panel).
+    `panel` is "temperature" for the policies that are compared, and "training" for all policies on
+    the way of the DPO run that is among them.
     """
     texts = setup.corpus[setup.cfg.split][:4 * setup.cfg.eval_prompts]
     prompts, review_reward = review_prompts(setup, texts)
     rows = []
-    for method, setting, policy in policies_to_compare(setup, runs):
+    for policy in policies_to_compare(runs):
+        model = load_policy(setup, policy["state"])
         for temperature in TEMPERATURES:
-            reward = rewards_at(setup, policy, prompts, temperature)
-            rows.append(win_rate_row(method, setting, temperature, None, reward, review_reward))
+            reward = rewards_at(setup, model, prompts, temperature)
+            rows.append(win_rate_row(policy, "temperature", temperature, reward, review_reward))
+    best_of_n = {"method": "best_of_n", "setting": float(BEST_OF), "step": 0,
+                 "kl": kl_bound(BEST_OF)}
     for temperature in TEMPERATURES:
         reward = best_rewards(setup, prompts, temperature)
-        rows.append(win_rate_row("best_of_n", float(BEST_OF), temperature, None, reward,
-                                 review_reward))
-    dpo_run = run_nearest_kl(runs, "dpo")
-    checkpoints = dpo_run["checkpoints"] if dpo_run else []
-    for step, state in checkpoints:
-        policy = load_policy(setup, state)
-        for temperature in CHECKPOINT_LINES:
-            reward = rewards_at(setup, policy, prompts, temperature)
-            rows.append(win_rate_row("dpo", dpo_run["setting"], temperature, step, reward,
-                                     review_reward))
+        rows.append(win_rate_row(best_of_n, "temperature", temperature, reward, review_reward))
+    shown = policy_near_kl(runs, "dpo")
+    for run in runs:
+        if not shown or (run["method"], run["setting"]) != ("dpo", shown["setting"]):
+            continue
+        for row, state in zip(run["rows"], run["checkpoints"]):
+            model = load_policy(setup, state)
+            for temperature in CHECKPOINT_LINES:
+                reward = rewards_at(setup, model, prompts, temperature)
+                rows.append(win_rate_row(row, "training", temperature, reward, review_reward))
     return rows
 
 
@@ -145,8 +147,9 @@ def draw_temperatures(axis, rows: list[dict]) -> None:
     measured = {row["method"] for row in rows}
     methods = [method for method in STYLE if method in measured]
     for i, method in enumerate(methods):
-        label, colour, marker = STYLE[method]
+        _, colour, marker = STYLE[method]
         curve = [row for row in rows if row["method"] == method]
+        label = label_with_kl(curve[0])
         x = [row["temperature"] + .012 * (i - 2.5) for row in curve]    # methods do not overlap
         axis.plot(x, [row["win_rate"] for row in curve], "-", color=colour, lw=1.6)
         draw_points(axis, curve, x, colour, marker, size=11 if method == "sft" else 8)
@@ -178,10 +181,10 @@ def draw_training(axis, finished: list[dict], checkpoints: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path) -> None:
-    """Left: finished policies at all temperatures. Right: DPO's checkpoints at two of them."""
+    """Left: the methods at all temperatures. Right: DPO's checkpoints at two of them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.4), sharey=True)
-    finished = [row for row in rows if row["step"] is None]
-    checkpoints = [row for row in rows if row["step"] is not None]
+    finished = [row for row in rows if row["panel"] == "temperature"]
+    checkpoints = [row for row in rows if row["panel"] == "training"]
     draw_temperatures(left, finished)
     draw_training(right, finished, checkpoints)
     for axis, columns in ((left, 2), (right, 1)):

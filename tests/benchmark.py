@@ -36,7 +36,7 @@ import dpo  # noqa: E402
 import harness  # noqa: E402
 import ppo  # noqa: E402
 import train  # noqa: E402
-from data import torch_rng  # noqa: E402
+from data import named_generator  # noqa: E402
 from harness import UserError, option  # noqa: E402
 from model import GPT, GPTConfig, response_mask, sample  # noqa: E402
 
@@ -87,7 +87,7 @@ def random_texts(shape: Shape, device: str = "cpu") -> tuple[Tensor, Tensor, Ten
 
     -> ids (C, T), prompt lengths (C,), mask of the response (C, T).
     """
-    generator = torch_rng("texts")
+    generator = named_generator("texts")
     end = shape.vocab_size - 1
     lengths = torch.randint(shape.min_prompt, shape.max_prompt + 1,
                             (shape.rows // shape.completions,), generator=generator)
@@ -121,7 +121,7 @@ def sample_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict[str, int]]
     ids, lengths, _ = random_texts(shape, device)
     prompts = ids[:, :shape.max_prompt]
     max_tokens, end = shape.max_tokens, shape.vocab_size - 1
-    generator = torch_rng("sample", device=device)
+    generator = named_generator("sample", device=device)
     while True:
         sampled = sample(ref, prompts, lengths, max_tokens, end, generator=generator)
         tokens = int(response_mask(sampled, lengths, max_tokens, end).sum())
@@ -134,14 +134,15 @@ def dpo_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict[str, int]]:
     k = shape.completions
     batch = shape.batch_prompts * k
     count = len(ids) // batch * batch    # so that all batches have the same size
-    reward = torch.rand(count, generator=torch_rng("reward")).view(-1, k)
-    winner, loser, _ = data.label_pairs(reward, "deterministic", shape.tau, torch_rng("labels"))
+    reward = torch.rand(count, generator=named_generator("reward")).view(-1, k)
+    generator = named_generator("labels")
+    winner, loser, _ = data.label_pairs(reward, "deterministic", shape.tau, generator)
     pairs = data.Preferences(ids[:count], mask[:count], torch.zeros(count), winner, loser, k)
     user_pairs = harness.UserPairs("", pairs)
     setup = SimpleNamespace(cfg=shape, device=device, user_pairs=user_pairs)
     policy = copy.deepcopy(ref).requires_grad_(True)
     while True:
-        _, steps = train.train_on_pairs(setup, policy, train.Run("dpo", 1., 0), dpo.dpo_loss)
+        _, steps = train.train_on_pairs(setup, policy, train.Run("dpo", 1.), dpo.dpo_loss)
         for _ in steps:
             yield {"dpo_sequences_per_s": batch, "dpo_pairs_per_s": batch * (k - 1) // 2}
 
@@ -156,7 +157,7 @@ def ppo_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict[str, int]]:
 
     steps = ppo.train_ppo(shape, policy, ref, (ids[:, :shape.max_prompt], lengths),
                           share_of_odd_tokens, 1., shape.vocab_size - 1,
-                          torch_rng("ppo", device=device))
+                          named_generator("ppo", device=device))
     for _ in steps:
         yield {"ppo_episodes_per_s": shape.ppo_batch}
 
@@ -247,7 +248,7 @@ def measure_shape(shape: Shape, device: str, flags: Flags, meet: Meeting) -> dic
     """The medians over rounds of one process: all rates, "gflops UNIT" of each unit, and memory."""
     config = GPTConfig(shape.vocab_size, shape.max_prompt + shape.max_tokens, shape.layers,
                        shape.heads, shape.width)
-    ref = GPT(config, torch_rng("init")).to(device).requires_grad_(False)
+    ref = GPT(config, named_generator("init")).to(device).requires_grad_(False)
     units = {unit.__name__: unit(shape, ref, device) for unit in UNITS}
     gflop = {name: count_gflop(unit) for name, unit in units.items()}    # also the warm-up
     synchronize(device)

@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("loss", losses, ids=[loss.__name__ for loss in losses])
         return
     try:
-        loss = harness.StudentLoss(name)
+        loss = harness.UserLoss(name)
     except harness.LossError as error:
         pytest.exit(str(error), returncode=2)
     metafunc.parametrize("loss", [loss], ids=[name.rpartition(":")[2]])

@@ -4,6 +4,8 @@ The tokens are those of world.py. Every token but END is a sentence, so the true
 known without the code under test.
 
     setup = fake_setup(ref=world.gpt(seed=1), corpus={"train": reviews(5, seed=1)}, lr=.01)
+
+A setup belongs to one seed, as in train.py. Setups of several seeds may share their stages.
 """
 import inspect
 import math
@@ -14,7 +16,7 @@ import torch
 import train
 import world
 
-SEED = 3    # of the configuration and of every run
+SEED = 3    # of every setup, unless another is given
 SENTENCES = ["The plot was superb. ", "The cast was dull. ", "The score was fine. ", "Well then. "]
 VALENCES = {0: 3., 1: -2., 2: 1.}    # token -> valence of its opinion; "Well then" is no opinion
 
@@ -33,31 +35,39 @@ class Tokenizer:
 
 
 class Stages:
-    """Stages in memory: each is computed once."""
+    """Stages in memory: each is computed once. `watched` are the rows of the runs in the making."""
     def __init__(self):
         self.values = {}
+        self.watched = []
 
     def get(self, setup, function, arguments):
         """Return the value of a stage."""
         function = inspect.unwrap(function)
-        if (function, arguments) not in self.values:
-            self.values[function, arguments] = function(setup, *arguments)
-        return self.values[function, arguments]
+        key = function, setup.seed, arguments
+        if key not in self.values:
+            self.values[key] = function(setup, *arguments)
+        return self.values[key]
 
-    def get_all(self, setup, stages, report=False):
-        """Return the values of several stages (function, *arguments)."""
-        return [self.get(setup, function, tuple(arguments)) for function, *arguments in stages]
+    def get_all(self, stages, report=False):
+        """Return the values of several stages (function, setup, *arguments)."""
+        return [self.get(setup, function, tuple(arguments))
+                for function, setup, *arguments in stages]
+
+    def watch(self, row):
+        """Record a row of a run that is not finished yet."""
+        self.watched.append(row)
 
 
 def fake_setup(ref=None, corpus=None, preferences=None, **fields):
     """Return a setup with this pi_ref, these reviews, and a user's preferences if given.
 
-    `fields` are the fields of the configuration that are not the default.
+    `fields` are the fields of the configuration that are not the default; `seed` among them is the
+    seed of the setup.
     """
+    cfg = train.Config(**{"seed": SEED, **fields})
     user_pairs = SimpleNamespace(preferences=preferences) if preferences else None
-    return SimpleNamespace(cfg=train.Config(**{"seed": SEED, **fields}), stages=Stages(),
-                           device="cpu", encoding=Tokenizer(), corpus=corpus, ref=ref,
-                           user_pairs=user_pairs)
+    return train.Setup(cfg, cfg.seed, Stages(), "cpu", key="fake", encoding=Tokenizer(),
+                       corpus=corpus, ref=ref, user_pairs=user_pairs)
 
 
 def reviews(count, seed):

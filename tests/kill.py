@@ -23,7 +23,8 @@ from typing import Callable, NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "train.py", "--preset", "tiny", "--device", "cpu", "--workers", "2"]
 MESSAGE = "the same command continues"    # Ctrl-C must print it
-NOT_READ_AGAIN = ("make-prompts", "complete-part-validation")    # by the command after a whole run
+NOT_READ_AGAIN = (    # by the command after a whole run
+    "make-prompts", "make-corpus-restaurant", "complete-part-validation")
 DAMAGES = "truncated", "empty", "foreign", "another's"
 
 

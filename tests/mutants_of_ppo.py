@@ -84,7 +84,7 @@ def value_at_the_token(original, critic, ids):
 @plant("values are fitted to the scores of other rows",
        "ppo.map_batches",
        "fitted_values_are_expected_scores")
-def value_of_another(original, function, ids, mask, batch=512):
+def value_of_another(original, function, ids, mask, batch=64):
     return original(function, ids, mask, batch).roll(len(ids) // 2, 0)
 
 

@@ -20,7 +20,7 @@ def tokens_start_together(original, gpt, *arguments):
 @plant("values of tokens come back one position late",
        "model.map_batches",
        "scoring_tokens_in_batches_keeps_their_places")
-def tokens_scored_next_door(original, function, ids, mask, batch=512):
+def tokens_scored_next_door(original, function, ids, mask, batch=64):
     result = original(function, ids, mask, batch)
     return result.roll(1, 1) if result.dim() > 1 else result
 
@@ -219,7 +219,13 @@ def temperature_zero_samples(original, logits, temperature, u):
        "a_row_is_its_prompt_then_its_response_then_end")
 def end_does_not_stop(original, gpt, prompts, lengths, max_tokens, end, *arguments, **options):
     no_token = -1
-    ids = original(gpt, prompts, lengths, max_tokens, no_token, *arguments, **options)
+    hidden = model.GPT.hidden
+
+    def hidden_of_any_filler(gpt, ids, *options):
+        return hidden(gpt, ids.where(ids >= 0, end), *options)
+
+    with mock.patch("model.GPT.hidden", hidden_of_any_filler):
+        ids = original(gpt, prompts, lengths, max_tokens, no_token, *arguments, **options)
     return ids.where(ids >= 0, end)
 
 
@@ -246,7 +252,7 @@ def respond_interleaved(original, gpt, prompts, count, *arguments, **options):
 @plant("a batch is cut one column short",
        "model.map_batches",
        "scoring_in_batches_is_scoring_at_once")
-def batch_cut_short(original, function, ids, mask, batch=512):
+def batch_cut_short(original, function, ids, mask, batch=64):
     def cut_short(ids, mask):
         return function(ids[:, :-1], mask[:, :-1])
 

@@ -1,5 +1,6 @@
 """Planted bugs of the optimum (Eq. 3, Eq. 4) and of its frontier. See mutants.py."""
 import math
+from unittest import mock
 
 import torch
 
@@ -15,7 +16,6 @@ from planting import plant
        "test_dpo_loss", "test_dpo_gradient",
        "test_equivalent_rewards",
        "test_ppo_fixed_point",
-       "with_deterministic_labels_beta_no_longer_selects_the_optimum",
        "test_rankings_and_baselines")
 def beta_inverted(original, ref_logp, reward, beta):
     return original(ref_logp, reward, 1 / beta)
@@ -68,12 +68,19 @@ def objective_rewards_kl(original, logp, ref_logp, reward, beta):
 
 
 # ---------------------------------------------------------------------------------- the frontier
+def frontiers_by_prompt(optimal_frontier, reward, betas, *weights):
+    """The frontier of each prompt by itself: reward (X, N), weights (X, N) if any."""
+    rows = zip(reward, *weights)
+    return [optimal_frontier(row[None], betas, *(weight[None] for weight in row_weights))
+            for row, *row_weights in rows]
+
+
 @plant("each sample of pi_ref has weight 1 instead of 1 / N",
        "dpo.optimal_frontier",
        "the_frontier_is_equation_4_at_each_beta_averaged_over_prompts",
        "test_frontier")
-def log_n_forgotten(original, reward, betas):
-    frontier = original(reward, betas)
+def log_n_forgotten(original, reward, betas, *weights):
+    frontier = original(reward, betas, *weights)
     kl = [kl - math.log(reward.shape[1]) for kl in frontier["kl"]]
     return {**frontier, "kl": kl}
 
@@ -107,21 +114,18 @@ def slope_inverted(original, kl, frontier):
        "one_common_price_beats_a_price_for_each_prompt",
        "the_optimum_of_the_evaluation_is_that_of_all_responses",
        "test_frontier")
-def frontier_of_the_worst_prompt(original, reward, betas):
-    frontier = original(reward, betas)
-    heights = []
-    for beta in frontier["beta"]:
-        by_prompt = [original(row[None], torch.tensor([beta]))["reward"][0] for row in reward]
-        heights.append(min(by_prompt))
-    return {**frontier, "reward": heights}
+def frontier_of_the_worst_prompt(original, reward, betas, *weights):
+    by_prompt = frontiers_by_prompt(original, reward, betas, *weights)
+    heights = zip(*(frontier["reward"] for frontier in by_prompt))
+    return {**original(reward, betas, *weights), "reward": list(map(min, heights))}
 
 
 @plant("the curve is corrected upwards for its bias",
        "dpo.optimal_frontier",
        "the_frontier_of_a_few_samples_is_biased_low",
        "test_frontier")
-def frontier_bias_hidden(original, reward, betas):
-    frontier = original(reward, betas)
+def frontier_bias_hidden(original, reward, betas, *weights):
+    frontier = original(reward, betas, *weights)
     heights = []
     for height, beta in zip(frontier["reward"], frontier["beta"]):
         heights.append(height + 1 / (2 * reward.shape[1] * beta))
@@ -131,16 +135,117 @@ def frontier_bias_hidden(original, reward, betas):
 @plant("the effective sample size is that of the best prompt",
        "dpo.optimal_frontier",
        "ess_is_the_tenth_percentile_over_prompts_of_the_effective_sample_size")
-def ess_of_the_best_prompt(original, reward, betas):
-    by_prompt = [original(row[None], betas)["ess"] for row in reward]
-    ess = [max(values) for values in zip(*by_prompt)]
-    return {**original(reward, betas), "ess": ess}
+def ess_of_the_best_prompt(original, reward, betas, *weights):
+    by_prompt = frontiers_by_prompt(original, reward, betas, *weights)
+    sizes = zip(*(frontier["ess"] for frontier in by_prompt))
+    return {**original(reward, betas, *weights), "ess": list(map(max, sizes))}
+
+
+@plant("the effective sample size forgets the reward",
+       "dpo.optimal_frontier",
+       "policies_near_the_optimum_give_more_effective_samples",
+       "ess_is_the_tenth_percentile_over_prompts_of_the_effective_sample_size")
+def ess_of_the_reference(original, reward, betas, *weights):
+    ess = original(torch.zeros_like(reward), betas, *weights)["ess"]
+    return {**original(reward, betas, *weights), "ess": ess}
 
 
 @plant("the standard error of the curve lacks its factor beta",
        "dpo.optimal_frontier",
        "the_standard_error_is_the_scatter_of_the_height_over_fresh_samples")
-def frontier_error_without_beta(original, reward, betas):
-    frontier = original(reward, betas)
+def frontier_error_without_beta(original, reward, betas, *weights):
+    frontier = original(reward, betas, *weights)
     se = [se / beta for se, beta in zip(frontier["se"], frontier["beta"])]
     return {**frontier, "se": se}
+
+
+# ------------------------------------------------------- the mixture that estimates the frontier
+@plant("the policies of the mixture are added instead of averaged, so log M is missing",
+       "dpo.balance_heuristic",
+       "the_weights_of_a_mixture_are_those_of_the_balance_heuristic",
+       "a_mixture_never_biases_z",
+       "samples_of_pi_ref_alone_have_weight_1")
+def log_m_forgotten(original, ref_logp, proposal_logp):
+    return original(ref_logp, proposal_logp) - math.log(len(proposal_logp))
+
+
+@plant("the mixture is the geometric mean of its policies instead of their mean",
+       "dpo.balance_heuristic",
+       "a_mixture_never_biases_z",
+       "the_estimate_of_z_has_the_right_mean_and_that_of_log_z_is_low",
+       "a_mixture_with_pi_ref_has_weights_of_at_most_the_number_of_its_policies")
+def mixture_of_logarithms(original, ref_logp, proposal_logp):
+    return ref_logp - proposal_logp.mean(0)
+
+
+@plant("one of the policies that sampled is left out of the denominator of the weights",
+       "dpo.balance_heuristic",
+       "the_weights_of_a_mixture_are_those_of_the_balance_heuristic",
+       "the_estimate_of_z_has_the_right_mean_and_that_of_log_z_is_low",
+       "a_mixture_with_pi_ref_has_weights_of_at_most_the_number_of_its_policies")
+def policy_left_out_of_the_mixture(original, ref_logp, proposal_logp):
+    return original(ref_logp, proposal_logp[:max(len(proposal_logp) - 1, 1)])
+
+
+@plant("a response is weighed by the policy that sampled it alone, so its weight has no bound",
+       "train.frontier.sample_mixture",
+       "samples_of_a_mixture_carry_the_reward_and_the_weight_of_their_response")
+def weights_of_one_policy(original, *arguments):
+    def plain_weight(ref_logp, proposal_logp):
+        parts = proposal_logp.chunk(len(proposal_logp), 1)    # of the responses of each policy
+        own_logp = torch.cat([part[m] for m, part in enumerate(parts)])
+        return ref_logp - own_logp
+
+    with mock.patch("dpo.balance_heuristic", plain_weight):
+        return original(*arguments)
+
+
+@plant("samples of trained policies count as samples of pi_ref",
+       "train.frontier.estimate",
+       "the_frontier_of_a_mixture_is_that_of_all_responses",
+       "the_optimum_is_the_same_with_trained_policies_among_the_samplers")
+def weights_forgotten(original, reward, log_weight):
+    return original(reward, torch.zeros_like(log_weight))
+
+
+@plant("the mean reward of pi_ref is the mean over the samples of all policies",
+       "train.frontier.estimate",
+       "the_frontier_of_a_mixture_is_that_of_all_responses")
+def reference_reward_of_the_mixture(original, reward, log_weight):
+    return {**original(reward, log_weight), "ref_reward": reward.mean().item()}
+
+
+@plant("samples are grouped by policy instead of by prompt",
+       "train.frontier.sample_mixture",
+       "samples_of_a_mixture_carry_the_reward_and_the_weight_of_their_response")
+def mixture_grouped_by_policy(original, setup, policies, prompts, samples, generator):
+    columns = original(setup, policies, prompts, samples, generator)
+
+    def by_policy(x):
+        parts = x.unflatten(1, (len(policies), samples)).transpose(0, 1)
+        return parts.flatten(0, 2).unflatten(0, (len(prompts[0]), -1))
+
+    return tuple(map(by_policy, columns))
+
+
+@plant("the error of the mean over seeds is the mean of their errors",
+       "train.frontier.mean_optimum",
+       "the_mean_over_seeds_is_the_frontier_of_the_prompts_of_all_seeds")
+def errors_of_seeds_averaged(original, optima):
+    errors = zip(*(optimum["se"] for optimum in optima.values()))
+    return {**original(optima), "se": [sum(column) / len(column) for column in errors]}
+
+
+@plant("the policies of every seed sample for the optimum of each",
+       "train.proposals",
+       "pi_ref_is_joined_by_the_finished_policies_of_its_own_seed",
+       "the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas")
+def proposals_of_all_seeds(original, setup, runs):
+    return original(setup, [{**run, "seed": setup.seed} for run in runs])
+
+
+@plant("policies of failed runs sample for the optimum",
+       "train.proposals",
+       "pi_ref_is_joined_by_the_finished_policies_of_its_own_seed")
+def proposals_that_failed(original, setup, runs):
+    return original(setup, [{**run, "failure": None} for run in runs])

@@ -2,6 +2,7 @@
 import math
 import random
 import re
+from unittest import mock
 
 import torch
 
@@ -37,17 +38,62 @@ def contrast_ignored(original):
        "data.CLAUSE",
        "spam_earns_nothing")
 def clause_matched_loosely(original):
-    return re.compile(original.pattern + ".*")
+    return {domain: re.compile(pattern.pattern + ".*") for domain, pattern in original.items()}
 
 
 @plant("each mention of an aspect counts",
        "data.parse_opinions",
        "spam_earns_nothing")
 def repetition_counts(original, text):
+    opening, colon, rest = text.rpartition(": ")
     opinions = []
-    for clause in re.split(r"(?<=[.,]) ?", text):
-        opinions += original(clause.rstrip(".,"))
+    for clause in re.split("[.,] ?", rest):
+        opinions += original(opening + colon + clause)
     return opinions
+
+
+@plant("opinions of the other domain count",
+       "data.domains_of",
+       "only_opinions_of_the_domain_of_the_opening_count",
+       "test_true_reward")
+def domain_ignored(original, text):
+    return list(data.SUBJECTS)
+
+
+@plant("an opening tells its domain only if its subject is one word",
+       "data.OPENING",
+       "every_opening_of_a_domain_tells_its_domain")
+def opening_of_one_word(original):
+    patterns = {}
+    for domain, subjects in data.SUBJECTS.items():
+        words = [subject for subject in subjects if " " not in subject]
+        patterns[domain] = re.compile(f"{data.one_of(data.OWNERS)} {data.one_of(words)}:")
+    return patterns
+
+
+@plant("an adjective is read whatever its domain",
+       "data.parse_opinions",
+       "an_adjective_of_the_other_domain_earns_nothing")
+def adjectives_of_both_domains(original, text):
+    adjectives = {word: x for words in data.ADJECTIVES.values() for word, x in words.items()}
+    clauses = {}
+    for domain, pattern in data.CLAUSE.items():
+        one_domain = data.one_of(data.ADJECTIVES[domain])
+        both_domains = pattern.pattern.replace(one_domain, data.one_of(adjectives))
+        clauses[domain] = re.compile(both_domains)
+    every_domain = dict.fromkeys(data.ADJECTIVES, adjectives)
+    with mock.patch.multiple(data, CLAUSE=clauses, ADJECTIVES=every_domain):
+        return original(text)
+
+
+@plant("the first opinion does not count, so that the prompt hardly changes the reward",
+       "data.sentiment",
+       "the_beginning_of_a_review_decides_a_part_of_its_reward",
+       "spam_earns_nothing")
+def first_opinion_ignored(original, text):
+    opinions = data.parse_opinions(text)
+    with mock.patch("data.parse_opinions", return_value=opinions[1:]):
+        return original(text)
 
 
 @plant("a text without an opinion has reward 0",
@@ -77,15 +123,30 @@ def reward_in_log_odds(original, text):
 @plant("sentences begin with a small letter",
        "data.write_review",
        "every_written_review_is_grammatical")
-def small_letters(original, r, domain="film"):
-    return original(r, domain).replace(". The", ". the")
+def small_letters(original, rng, domain="film"):
+    return original(rng, domain).replace(". The", ". the")
+
+
+@plant("restaurants are reviewed in the adjectives of films, which the reward does not read there",
+       "data.write_opinion",
+       "restaurants_have_words_that_no_film_review_contains",
+       "every_written_review_is_grammatical")
+def adjectives_of_films_alone(original, domain, *arguments):
+    return original("film", *arguments)
+
+
+@plant("all openings have the same owner, so many prompts are equal",
+       "data.OWNERS",
+       "openings_are_many_and_none_fills_a_prompt")
+def one_owner(original):
+    return original[:1]
 
 
 @plant("a review may have any words after it",
        "data.REVIEW",
        "broken_reviews_are_not_grammatical")
 def review_matched_loosely(original):
-    return re.compile(original.pattern + ".*")
+    return {domain: re.compile(pattern.pattern + ".*") for domain, pattern in original.items()}
 
 
 @plant("the tokenizer loses spaces",
@@ -98,8 +159,8 @@ def spaces_lost(original):
 @plant("test reviews are train reviews",
        "data.write_corpus",
        "splits_are_disjoint")
-def splits_overlap(original, *arguments):
-    splits = original(*arguments)
+def splits_overlap(original, *arguments, **options):
+    splits = original(*arguments, **options)
     return {**splits, "test": splits["train"][:len(splits["test"])]}
 
 
@@ -111,7 +172,7 @@ def corpus_of_global_state(original, count, seed, domain="film"):
 
 
 @plant("a generator depends on the first of its names alone",
-       "data.rng",
+       "data.named_rng",
        "generators_of_other_names_are_other_generators",
        "pi_ref_is_trained_on_every_review_once_an_epoch_in_an_order_of_its_own")
 def generator_of_one_name(original, *names):
@@ -124,6 +185,14 @@ def generator_of_one_name(original, *names):
 def prompts_too_long(original, *arguments):
     ids, lengths = original(*arguments)
     return ids, lengths + 1
+
+
+@plant("prompts have at most 5 tokens, so few reach into the first opinion",
+       "data.MAX_PROMPT_TOKENS",
+       "more_than_half_of_the_prompts_reach_into_the_first_opinion",
+       "prompts_are_prefixes_of_two_to_eight_tokens")
+def prompts_too_short(original):
+    return 5
 
 
 @plant("the true reward reads the filler after the response",
@@ -153,8 +222,7 @@ def bradley_terry_of_ratios(original, r_1, r_2):
        "data.label_pairs",
        "the_higher_reward_wins_and_ties_are_dropped_and_counted",
        "labels_follow_bradley_terry_at_their_temperature",
-       "the_labels_of_a_prompt_compare_its_completions_by_the_true_reward",
-       "with_deterministic_labels_training_on_raises_the_margin_and_the_kl")
+       "the_labels_of_a_prompt_compare_its_completions_by_the_true_reward")
 def labels_swapped(original, *arguments):
     winner, loser, ties = original(*arguments)
     return loser, winner, ties
@@ -186,22 +254,29 @@ def labels_never_deterministic(original, reward, mode, tau, generator):
 
 # ----------------------------------------------------------------------------------- the batches
 @plant("a batch has log pi_ref of other rows than its tokens",
-       "data.prompt_batch",
+       "data.select_prompts",
        "a_batch_of_prompts_holds_the_same_pairs")
-def batch_of_other_references(original, preferences, prompts):
-    batch = original(preferences, prompts)
-    return batch._replace(ref=preferences.ref[:len(batch.ref)])
+def batch_of_other_references(original, preferences, numbers):
+    batch = original(preferences, numbers)
+    return batch._replace(ref_logp=preferences.ref_logp[:len(batch.ref_logp)])
 
 
 @plant("an epoch leaves out its last batch",
-       "data.prompt_batches",
+       "data.shuffled_batches",
        "an_epoch_holds_each_prompt_once")
 def epoch_cut_short(original, *arguments, **options):
     return original(*arguments, **options)[:-1]
 
 
 @plant("batches mix lengths",
-       "data.prompt_batches",
+       "data.shuffled_batches",
        "prompts_of_like_length_go_together")
 def lengths_mixed(original, preferences, batch, generator, window=8):
     return original(preferences, batch, generator, 1)
+
+
+@plant("without pairs there is still a step",
+       "data.shuffled_batches",
+       "a_round_of_ties_has_no_step_and_a_run_of_ties_says_so")
+def step_without_pairs(original, preferences, batch, generator, window=8):
+    return original(preferences, batch, generator, window) or [torch.zeros(0, dtype=torch.long)]

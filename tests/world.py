@@ -124,8 +124,12 @@ def counted(seed, total):
     -> log pi_ref (X, N), and how often each response occurs, (X, N). Each count is at least 1, and
     pi_ref(y|x) = count / total exactly, so the frontier of this sample has no sampling error.
     """
-    probability = tabular(normal(X, N, seed=seed)).exp()
-    sampled = torch.multinomial(probability, total - N, replacement=True, generator=generator(seed))
+    return counted_near(tabular(normal(X, N, seed=seed)), seed, total)
+
+
+def counted_near(logp, seed, total):
+    """Return, as `counted` does, a policy near the one of log pi (X, N), and its perfect sample."""
+    sampled = torch.multinomial(logp.exp(), total - N, replacement=True, generator=generator(seed))
     count = torch.stack([torch.bincount(row, minlength=N) for row in sampled]) + 1
     return (count.double() / total).log(), count
 

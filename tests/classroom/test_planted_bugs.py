@@ -2,8 +2,11 @@
 
 pytest prints the table of bugs and theorems at the end of the run (conftest.py).
 """
+import functools
 import importlib
 import inspect
+import pathlib
+import tempfile
 
 import pytest
 
@@ -22,13 +25,25 @@ UNCOVERED = {    # theorem without a planted bug -> the reason
 }
 
 
+def in_new_folder(test):
+    """Run a test that takes a new folder, as pytest does with `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        test(pathlib.Path(folder))
+
+
 def theorems_of(module):
-    """Return the test functions of a module that take no arguments: name without `test_` -> it."""
+    """Return the test functions of a module: name without `test_` -> a function without arguments.
+
+    Tests that take a new folder get one; tests that take other arguments are left out.
+    """
     theorems = {}
     for name, function in vars(importlib.import_module(module)).items():
         if not name.startswith("test_") or not callable(function):
             continue
-        if not inspect.signature(function).parameters:
+        arguments = list(inspect.signature(function).parameters)
+        if arguments == ["tmp_path"]:
+            function = functools.partial(in_new_folder, function)
+        if arguments in ([], ["tmp_path"]):
             theorems[name.removeprefix("test_")] = function
     return theorems
 

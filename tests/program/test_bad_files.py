@@ -27,7 +27,7 @@ def test_whatever_stands_in_a_stages_file_is_made_again_or_what_was_written(tmp_
     The file is empty, foreign, cut off at any byte, or has one bit flipped.
     """
     path = tmp_path / "x.k.pt"
-    r = data.rng("files")
+    r = data.named_rng("files")
     value = torch.arange(40)
     torch.save({"file": path.name, "value": value, "seconds": 0.}, path)
     stored, _ = harness.load_stage(path)
@@ -46,19 +46,20 @@ def test_whatever_stands_in_a_stages_file_is_made_again_or_what_was_written(tmp_
 
 
 def test_foreign_files_in_the_folder_are_no_runs(tmp_path, monkeypatch):
-    """Only the last of these names is that of a run: METHOD-SETTING-SEED.HASH.pt."""
-    for name in ("dpo-mine-0.1.pt", "dpo--0.pt", "dpo-1-.pt", "dpo-.5.-0.1.pt",
-                 "dpo-2.0-0.0123abcd.pt"):
+    """Only the last of these names is that of a run of seed 0: METHOD-SETTING-seed0.HASH.pt."""
+    for name in ("dpo-mine-seed0.1.pt", "dpo--seed0.pt", "dpo-1-.pt", "dpo-.5.-seed0.1.pt",
+                 "dpo-1.0-0.0123abcd.pt", "mine-3.0-seed0.0123abcd.pt",
+                 "dpo-4.0-seed1.0123abcd.pt", "dpo-2.0-seed0.0123abcd.pt"):
         (tmp_path / f"train-policy-{name}").touch()
 
-    def requested_runs(stages, setup, requested):
+    def requested_runs(stages, requested):
         """Replaces `Stages.load_all`, which would load the runs."""
-        return [run for _, run, *_ in requested]
+        return [run for _, _, run, *_ in requested]
 
     monkeypatch.setattr(harness.Stages, "load_all", requested_runs)
     stages = harness.Stages(tmp_path, store=None)
-    setup = train.Setup(train.Config(), stages, "cpu", "", None, None, None)
-    assert train.load_baselines(setup) == [train.Run("dpo", 2., 0)]
+    setup = train.Setup(train.Config(), 0, stages, "cpu", "", None, None, None)
+    assert train.load_baselines(setup) == [train.Run("dpo", 2.)]
 
 
 # ------------------------------------------------------------------------------------- --loss files
@@ -133,7 +134,7 @@ def test_a_loss_that_changes_its_mind_after_the_trial_is_an_error_of_the_loss(re
     """A loss that is good on the five pairs of the trial, but not on seven, is not averaged."""
     code = f"{HEAD}return pair.logp_w if len(pair.logp_w) == 5 else {result}\n"
     (tmp_path / "late.py").write_text(code)
-    loss = harness.StudentLoss(f"{tmp_path}/late.py:f")
+    loss = harness.UserLoss(f"{tmp_path}/late.py:f")
     x = torch.zeros(7, requires_grad=True)
     with pytest.raises(harness.LossError, match="late.py"):
         loss(dpo.Pair(x, x, x, x, x, x), .5)
@@ -167,9 +168,10 @@ def test_a_name_that_leads_nowhere_is_refused(flags, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ --pairs files
-PROMPT = '"I saw"'
-REJECTED = " a comedy."
-LINE = json.dumps({"prompt": "I saw", "chosen": " this film.", "rejected": REJECTED})
+PROMPT = '"This western"'
+CHOSEN = ": the plot was fine."
+REJECTED = ": the plot was dull."
+LINE = json.dumps({"prompt": "This western", "chosen": CHOSEN, "rejected": REJECTED})
 
 
 def with_prompt(prompt: str) -> str:
@@ -185,17 +187,17 @@ def with_columns(columns: str) -> str:
 BAD_FIRST_LINES = [
     "\0", "text", "{", "[]", "3", "null", "NaN", '"prompt"', "{}", "[" * 9999, "9" * 9999,
     LINE + LINE,
-    "prompt,chosen,rejected\nI saw,a,b",
+    "prompt,chosen,rejected\nThis western,a,b",
     with_prompt("null"),
     with_prompt("3"),
-    with_prompt('["I saw"]'),
+    with_prompt('["This western"]'),
     with_prompt("NaN"),
     with_prompt('""'),
     with_prompt('" "'),
     with_prompt('"\\ud800"'),
     with_prompt('"\u6620\u753b"'),
-    with_prompt(f'"{"I saw " * 99}"'),
-    LINE.replace(REJECTED, " this film."),
+    with_prompt(f'"{"This western " * 99}"'),
+    LINE.replace(REJECTED, CHOSEN),
     with_prompt('"", "ids": [[], [1], [2]], "rows": [0, 1]'),
     with_columns('"ids": 3'),
     with_columns('"group": []'),

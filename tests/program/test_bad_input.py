@@ -128,6 +128,7 @@ FLAGS = {    # flags: a word of the error
     "--width=32 --heads=3": "--heads",
     "--prompts=1201": "--prompts",
     "--eval-prompts=151": "--eval-prompts",
+    "--rounds=65": "--rounds",
     "--ppo-batch=18": "--ppo-batch",
     "--ppo-batch=16 --completions=3": "--completions",
     "--preset=huge": "--preset",
@@ -175,6 +176,16 @@ def test_memory_that_runs_out_later_is_said_in_one_sentence(experiment, tmp_path
     assert_refused([*SMALL, f"--out={tmp_path}/out"], "memory", env=WORKER)
 
 
+def test_pairs_of_ones_own_cannot_come_in_rounds(tmp_path):
+    """With --rounds, pairs come from the policy itself: a file of pairs would not be read."""
+    pair = {"prompt": "This western", "chosen": ": the plot was superb.",
+            "rejected": ": the plot was dull."}
+    harness.write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    argv = [*SMALL, f"--out={tmp_path}/out", f"--pairs={tmp_path}/pairs.jsonl", "--rounds=2"]
+    assert_refused(argv, "--rounds", "--pairs", env=WORKER)
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_tokens_than_the_reviews_have_words_for_are_refused(tmp_path):
     """--vocab-size is within its bounds, but 50 reviews cannot fill it."""
     argv = [*SMALL, f"--out={tmp_path}", "--reviews=50", "--vocab-size=2000"]
@@ -202,6 +213,9 @@ def test_a_place_that_cannot_be_written_is_named(place, tmp_path, monkeypatch):
     assert pathlib.Path("file").read_text() == "mine"
 
 
+FILES_BEFORE_REFERENCE = ["learn-tokenizer", "make-corpus-film", "make-corpus-restaurant"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 KB, which is full for root too."""
@@ -213,19 +227,20 @@ def small_disk(tmp_path):
 
 
 def test_a_full_or_read_only_disk_is_said_and_what_was_finished_is_kept(small_disk):
-    """Corpus and tokenizer fit on the disk, pi_ref does not.
+    """Both corpora and the tokenizer fit on the disk, pi_ref does not.
 
-    On a larger disk the same command reuses both files and comes further.
+    On a larger disk the same command reuses these files and comes further.
     """
     argv = [*SMALL, f"--out={small_disk}"]
     assert_refused(argv, "disk", env=WORKER)
     written = {path: path.stat().st_mtime_ns for path in small_disk.glob("*.pt")}
-    assert len(written) == 2, f"corpus and tokenizer are finished, but the files are {written}"
+    names = sorted(path.name.partition("-seed0.")[0] for path in written)
+    assert names == FILES_BEFORE_REFERENCE, f"the finished files are {names}"
 
     subprocess.run(["mount", "-o", "remount,size=192k", small_disk], check=True)
     run_in_this_process(argv, WORKER)
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a file was not reused"
-    assert list(small_disk.glob("train-reference.*.pt"))
+    assert list(small_disk.glob("train-reference-seed0.*.pt"))
 
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert_refused(argv, str(small_disk), env=WORKER)
@@ -238,7 +253,7 @@ FULL_DISK = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("fil
 def test_a_stage_that_cannot_be_written_is_named(error, tmp_path, monkeypatch):
     """torch raises either error for a full disk; neither names the file, but the program does."""
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=error))
-    assert_refused([*SMALL, f"--out={tmp_path}"], "write-corpus.", env=WORKER)
+    assert_refused([*SMALL, f"--out={tmp_path}"], "make-corpus-film-seed0.", env=WORKER)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")

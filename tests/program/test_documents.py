@@ -45,15 +45,15 @@ SMALL = {    # word of a command -> flags that are added, to make it small
 }
 KINDS = ("train.py --loss", "--pairs", "pytest --loss", "tests.mutant", "tests.score",
          "tests.starter", "-m plots")
-STUDENT_LOSS = """
+USER_LOSS = """
 def {name}(pair, beta):
     h = (pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)
     return (h - 1 / (2 * beta)) ** 2
 """
-STUDENT_PAIR = {
-    "prompt": "I saw this film last night",
-    "chosen": ". The plot was superb.",
-    "rejected": ". The plot was not really dull.",
+USER_PAIR = {
+    "prompt": "This western",
+    "chosen": ": the plot was superb.",
+    "rejected": ": the plot was not really dull.",
 }
 
 
@@ -83,13 +83,13 @@ COMMANDS = list(DIFFERENT.values())    # of commands that are equal when small, 
 
 
 def checkout(folder):
-    """Copy the repository, and add the files that the commands name, as a student has them."""
+    """Copy the repository, and add the files that the commands name, as a user has them."""
     ignored = shutil.ignore_patterns("runs", ".git", "__pycache__", ".pytest_cache", "*.png")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    losses = [STUDENT_LOSS.format(name=name) for name in ("ipo", "my_loss")]
+    losses = [USER_LOSS.format(name=name) for name in ("ipo", "my_loss")]
     (folder / "my_loss.py").write_text("".join(losses))
     (folder / "my_tests.py").write_text("def test_nothing():\n    pass\n")
-    (folder / "my_pairs.jsonl").write_text(json.dumps(STUDENT_PAIR) + "\n")
+    (folder / "my_pairs.jsonl").write_text(json.dumps(USER_PAIR) + "\n")
     (folder / "runs" / "default").mkdir(parents=True)
     for name in ("results.jsonl", "measured.jsonl", "optimum.json"):    # for `python -m plots`
         shutil.copy(folder / "plots" / name, folder / "runs" / "default")
@@ -126,7 +126,7 @@ def test_the_loss_of_the_readme_can_be_used(tmp_path):
     """The five lines of the README are a loss; its minimum, 0, is at h = 1 / (2 beta)."""
     snippet = re.search(r"```python\n(def ipo.*?)```", README, re.DOTALL)[1]
     (tmp_path / "my_loss.py").write_text(snippet)
-    ipo = harness.StudentLoss(f"{tmp_path}/my_loss.py:ipo")
+    ipo = harness.UserLoss(f"{tmp_path}/my_loss.py:ipo")
     beta = .3
     h = torch.tensor([1 / (2 * beta), 1., 3.])
     zero = torch.zeros(3)

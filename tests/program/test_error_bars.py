@@ -73,6 +73,25 @@ def test_points_of_the_frontier_are_means_over_seeds_with_their_standard_errors(
         "several seeds have the standard error of their mean, for reward and KL"
 
 
+def test_the_optimum_of_several_seeds_is_the_mean_of_their_curves():
+    """At each beta: mean KL, height, ESS and pi_ref's reward, and the standard error of a mean.
+
+    The curve of each seed is kept under its number, as text, as JSON has it.
+    """
+    optima = {4: {"beta": [.4, .1], "kl": [1., 3.], "reward": [.7, .9], "ess": [90., 60.],
+                  "se": [.03, .06], "ref_reward": .5},
+              9: {"beta": [.4, .1], "kl": [2., 5.], "reward": [.6, .8], "ess": [70., 20.],
+                  "se": [.04, .08], "ref_reward": .4}}
+    mean = frontier.mean_optimum(optima)
+    expected = {"beta": [.4, .1], "kl": [1.5, 4.], "reward": [.65, .85], "ess": [80., 40.],
+                "se": [.025, .05]}
+    for name, values in expected.items():
+        assert mean[name] == pytest.approx(values), f"{name} must be that of the mean over seeds"
+    assert mean["ref_reward"] == pytest.approx(.45), "pi_ref's mean reward, over seeds"
+    assert mean["seeds"] == {"4": optima[4], "9": optima[9]}, "each seed must keep its own curve"
+    assert tables.optimum_of(mean, 9) == optima[9], "a seed is found by its number"
+
+
 def test_shares_between_two_policies_are_on_the_line_between_them_and_nowhere_else():
     """The share at a KL is along a method's own frontier: linear between two neighbours.
 
@@ -106,13 +125,15 @@ def test_the_table_of_shares_is_over_seeds():
 
 
 def test_a_run_has_arrived_where_two_evaluations_in_a_row_are_good_enough():
-    """The goal is 80% of the optimal gain at KL 2, and at the policy's own KL.
+    """The goal is 80% of the optimal gain of its seed at KL 2, and at the policy's own KL.
 
     One lucky evaluation is not enough, except that of the finished policy.
     """
-    optimum = {"kl": [0., 2., 4.], "reward": [.5, .8, .9], "beta": [.2, .1, .05],
-               "se": [0., 0., 0.], "ref_reward": .5}
-    optimal, *_ = dpo.optimal_reward(2., optimum)
+    curve = {"kl": [0., 2., 4.], "reward": [.5, .8, .9], "beta": [.2, .1, .05],
+             "se": [0., 0., 0.], "ref_reward": .5}
+    lower = {**curve, "reward": [.4, .7, .8], "ref_reward": .4}
+    optimum = {**lower, "seeds": {"0": curve, "1": lower}}
+    optimal, *_ = dpo.optimal_reward(2., curve)
     goal = .5 + .8 * (optimal - .5)
     poor = {"reward": goal - .01, "share": .79}
     lucky = {"reward": goal + .05, "share": .9}
@@ -132,6 +153,10 @@ def test_a_run_has_arrived_where_two_evaluations_in_a_row_are_good_enough():
     assert success_steps(rows[:5]) == [], "a run that failed has no finished policy"
     assert success_steps(rows[:4] + [without_share]) == [], \
         "beyond the end of the optimum no share is known"
+    easier = [{**row, "reward": row["reward"] - .1} for row in rows]
+    assert success_steps(easier) == [], "the goal of a seed is that of its own optimum"
+    assert success_steps([{**row, "seed": 1} for row in easier]) == [5], \
+        "another seed has another optimum, and another goal"
 
 
 def test_what_a_learned_reward_promises_is_the_truth_if_it_ranks_as_the_truth_does():

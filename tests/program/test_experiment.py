@@ -1,16 +1,19 @@
 """The experiment, end to end, in its tiny preset: its files, its resuming, its failures."""
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+import dpo
 import harness
 import train
 from plots import cost
@@ -20,8 +23,9 @@ RESTRICTED = ROOT / "tests" / "restricted"    # a hook: no network, nothing that
 COLUMNS = {"method", "setting", "seed", "step", "final", "reward", "reward_se", "kl", "kl_se",
            "optimal_reward", "share", "share_se", "seconds", "config"}
 FIGURES = {"frontier", "inside", "best_of_n", "degeneration", "winrate", "domains", "judges",
-           "cost"}
-STAGES_BEFORE_RUNS = ("write-corpus", "learn-tokenizer", "train-reference", "reference-rewards")
+           "prompts", "cost"}
+STAGES_BEFORE_RUNS = ("make-corpus", "learn-tokenizer", "train-reference")
+ON_PAIRS = ("dpo", "unlikelihood", "preferred_ft")
 
 
 # ------------------------------------------------------------------------------- running train.py
@@ -46,9 +50,14 @@ def read_rows(out):
     return [{name: x for name, x in row.items() if "second" not in name} for row in rows]
 
 
-def modification_times(out):
+def read_optimum(out):
+    """The content of optimum.json."""
+    return json.loads((out / "optimum.json").read_text("utf-8"))
+
+
+def modification_times(out, pattern="*.pt"):
     """{file of a stage: when it was written}"""
-    return {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    return {path: path.stat().st_mtime_ns for path in out.glob(pattern)}
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +110,8 @@ def test_no_test_here_needs_a_network():
 
 def test_the_optimum_reaches_far_and_its_lists_belong_together(tiny):
     """The lists of optimum.json have one length and reach KL 6."""
-    optimum = json.loads((tiny[0] / "optimum.json").read_text("utf-8"))
-    lengths = {len(optimum[name]) for name in ("beta", "kl", "reward", "ess")}
+    optimum = read_optimum(tiny[0])
+    lengths = {len(optimum[name]) for name in ("beta", "kl", "reward", "ess", "se")}
     assert len(lengths) == 1, f"the lists have different lengths: {lengths}"
     assert max(optimum["kl"]) >= 6, f"the curve ends at KL {max(optimum['kl']):.2f}, not at 6"
 
@@ -145,8 +154,120 @@ def test_an_unreadable_stage_is_named_and_made_again(copy):
     assert code == 0 and damaged.name in printed and read_rows(copy) == rows_before, printed
 
 
-# ------------------------------------------------------------------------------ a student's loss
-STUDENT_LOSS = """
+# ------------------------------------------------------------------------------- pairs in rounds
+def test_rounds_change_the_methods_on_pairs_alone_whatever_the_number_of_workers(copy):
+    """With --rounds 2, one worker finds what two find; PPO and pi_ref are not trained again."""
+    ppo_before = modification_times(copy, "train-policy-ppo*.pt")
+    reference_before = modification_times(copy, "train-reference-*.pt")
+    one_round = read_rows(copy)
+    code, printed = run(copy, "--rounds", 2, "--workers", 2)
+    two_rounds = read_rows(copy)
+    assert code == 0, printed
+    assert modification_times(copy, "train-policy-ppo*.pt") == ppo_before, "PPO has no rounds"
+    assert modification_times(copy, "train-reference-*.pt") == reference_before
+    for method in ON_PAIRS:
+        one, two = ([row["reward"] for row in rows if row["method"] == method]
+                    for rows in (one_round, two_rounds))
+        assert one != two, f"--rounds changes nothing for {method}: is it read?"
+
+    for method in ON_PAIRS:
+        for path in copy.glob(f"train-policy-{method}-*.pt"):
+            path.unlink()
+    code, printed = run(copy, "--rounds", 2, "--workers", 1)
+    assert code == 0 and read_rows(copy) == two_rounds, \
+        f"the completions of a round depend on the workers?\n{printed}"
+
+
+# ---------------------------------------------------------------------------------- several seeds
+SHORTER = ("--betas", 2, "--optimum-samples", 64, "--evaluations", 1)
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    """The folder of a finished run of two seeds, one run of each method."""
+    out = tmp_path_factory.mktemp("seeds") / "run"
+    code, printed = run(out, "--seeds", 2, *SHORTER, "--workers", 2)
+    assert code == 0, printed
+    return out
+
+
+def test_each_seed_trains_every_policy(two_seeds):
+    """results.jsonl has the same methods, settings and steps of both seeds, one `sft` row each."""
+    rows = [row for row in read_rows(two_seeds) if not row["method"].startswith("best_of_n")]
+    names = "method", "setting", "step", "final"
+    of_seed = [sorted(tuple(row[name] for name in names) for row in rows if row["seed"] == seed)
+               for seed in (0, 1)]
+    assert of_seed[0] == of_seed[1], "the seeds have different rows"
+    assert {row["seed"] for row in rows} == {0, 1}
+    for seed in (0, 1):
+        sft = [row for row in rows if row["method"] == "sft" and row["seed"] == seed]
+        assert len(sft) == 1, f"seed {seed} has {len(sft)} rows of SFT, not one"
+
+
+def test_each_seed_has_its_own_corpus_tokenizer_pi_ref_and_preferences(two_seeds):
+    """The files of stages end in -seed0 and -seed1; these stages have other values for each."""
+    names = [path.name for path in two_seeds.glob("*.pt")]
+    unnamed = [name for name in names if not re.fullmatch(r".+-seed[01]\.\w+\.pt", name)]
+    assert not unnamed, f"these files do not name their seed: {unnamed}"
+    for stage in ("make-corpus-film", "make-corpus-restaurant", "learn-tokenizer",
+                  "train-reference"):
+        first, second = (two_seeds.glob(f"{stage}-seed{seed}.*.pt") for seed in (0, 1))
+        [value_0], [value_1] = ([harness.load_stage(path)[0]["value"] for path in paths]
+                                for paths in (first, second))
+        assert str(value_0) != str(value_1), f"{stage} has the same value for both seeds"
+    pairs_0, pairs_1 = ((two_seeds / f"preferences-seed{seed}.jsonl").read_text("utf-8")
+                        for seed in (0, 1))
+    assert pairs_0 != pairs_1, "both seeds export the same preferences"
+
+
+def test_the_curve_is_the_mean_over_seeds_and_holds_each_of_them(two_seeds):
+    """At each beta, KL, reward and ESS are means of the seeds' own; errors add as squares."""
+    optimum = read_optimum(two_seeds)
+    assert set(optimum["seeds"]) == {"0", "1"}, f"the seeds are {list(optimum['seeds'])}"
+    first, second = optimum["seeds"]["0"], optimum["seeds"]["1"]
+    assert first["beta"] == second["beta"] == optimum["beta"], "the betas are not common"
+    assert first["reward"] != second["reward"], "both seeds have one optimum: one set of prompts?"
+    for name in ("kl", "reward", "ess"):
+        means = [statistics.fmean(pair) for pair in zip(first[name], second[name])]
+        assert optimum[name] == pytest.approx(means), f"`{name}` is not the mean over seeds"
+    errors = [math.hypot(*pair) / 2 for pair in zip(first["se"], second["se"])]
+    assert optimum["se"] == pytest.approx(errors), "`se` is not the error of a mean of two"
+    assert optimum["ref_reward"] == pytest.approx((first["ref_reward"] + second["ref_reward"]) / 2)
+
+
+def test_the_share_of_a_row_is_along_the_curve_of_its_own_seed(two_seeds):
+    """optimal_reward and share are those of the formula at optimum.json's curve of the seed."""
+    curves = read_optimum(two_seeds)["seeds"]
+    rows = [row for row in read_rows(two_seeds) if row["share"] is not None]
+    assert {row["seed"] for row in rows} == {0, 1}
+    for row in rows:
+        expected = dpo.share_of_optimal_gain(row["reward"], row["reward_se"], row["kl"],
+                                             row["kl_se"], curves[str(row["seed"])])
+        found = row["optimal_reward"], row["share"], row["share_se"]
+        assert found == pytest.approx(expected), f"another curve for {row['method']}: {row}"
+
+
+def test_a_seed_does_not_depend_on_the_seeds_beside_it(two_seeds, tmp_path):
+    """`--seed 1` finds all policies of seed 1 in the folder of the run of two seeds.
+
+    Its rows and its optimum are those of the run of two seeds.
+    """
+    out = shutil.copytree(two_seeds, tmp_path / "run")
+    policies_before = modification_times(out, "train-*.pt")
+    rows_before = [row for row in read_rows(out)
+                   if row["seed"] == 1 and not row["method"].startswith("best_of_n")]
+    code, printed = run(out, "--seed", 1, *SHORTER)
+    rows = [row for row in read_rows(out) if not row["method"].startswith("best_of_n")]
+    for row in rows + rows_before:
+        del row["config"]    # it has the first seed
+    assert code == 0 and rows == rows_before, printed
+    assert modification_times(out, "train-*.pt") == policies_before, "a policy was trained again"
+    [curve] = read_optimum(out)["seeds"].values()
+    assert curve == read_optimum(two_seeds)["seeds"]["1"]
+
+
+# ---------------------------------------------------------------------------- a loss of one's own
+USER_LOSS = """
 def mine(pair, beta):
     return (pair.logp_w - pair.logp_l - 1 / beta) ** 2
 """
@@ -171,7 +292,7 @@ def cost_lines(out):
 
 
 def baseline_rows(out):
-    """The rows of results.jsonl without those of the student's loss, sorted, without `config`."""
+    """The rows of results.jsonl without those of the user's loss, sorted, without `config`."""
     rows = [{name: x for name, x in row.items() if name != "config"}
             for row in read_rows(out) if row["method"] != "mine"]
     return sorted(map(str, rows))
@@ -179,7 +300,7 @@ def baseline_rows(out):
 
 def test_a_loss_of_ones_own_gets_its_curve_beside_the_baselines(copy, tmp_path):
     """A loss adds its rows to results.jsonl; the baselines and their costs stay the same."""
-    (tmp_path / "mine.py").write_text(STUDENT_LOSS)
+    (tmp_path / "mine.py").write_text(USER_LOSS)
     baselines_before = baseline_rows(copy)
     costs_before = cost_lines(copy)
     code, printed = run(copy, "--loss", f"{tmp_path}/mine.py:mine", "--betas", ".3")
@@ -188,6 +309,30 @@ def test_a_loss_of_ones_own_gets_its_curve_beside_the_baselines(copy, tmp_path):
     assert {row["setting"] for row in finished} == {.3}
     assert costs_before and cost_lines(copy) == costs_before, \
         "the costs of the baselines changed: do they leave out stages that this command skips?"
+
+
+USER_PAIR = {"prompt": "This western", "chosen": ": the plot was superb.",
+             "rejected": ": the plot was not really dull."}
+
+
+def test_a_loss_on_pairs_of_ones_own_trains_that_loss_alone(copy, tmp_path):
+    """With --pairs, baselines, optimum and costs stay those of pi_ref's own pairs.
+
+    The only new stages are the policies of the loss.
+    """
+    (tmp_path / "mine.py").write_text(USER_LOSS)
+    harness.write_jsonl(tmp_path / "pairs.jsonl", [USER_PAIR])
+    before = set(copy.glob("*.pt"))
+    optimum_before, baselines_before = read_optimum(copy), baseline_rows(copy)
+    costs_before = cost_lines(copy)
+    code, printed = run(copy, "--loss", f"{tmp_path}/mine.py:mine", "--betas", ".3",
+                        "--pairs", tmp_path / "pairs.jsonl")
+    assert code == 0, printed
+    names = [path.name for path in set(copy.glob("*.pt")) - before]
+    assert all(name.startswith("train-policy-mine-") for name in names) and len(names) == 1, \
+        f"these stages depend on --pairs, but need not: {names}"
+    assert read_optimum(copy) == optimum_before, "the optimum depends on the user's pairs"
+    assert baseline_rows(copy) == baselines_before and cost_lines(copy) == costs_before
 
 
 def test_a_loss_that_fails_late_ends_its_own_run_alone(copy, tmp_path):
@@ -220,45 +365,3 @@ def test_the_presets_are_valid():
         cfg, _ = harness.read_flags(["--preset", preset], train.Config, train.PRESETS, "")
         train.check_config(cfg)
         assert cfg.prompts > 0
-
-
-# -------------------------------------------------------------------------------------- the study
-DEFAULT = train.Config()
-CHANGED_FIELDS = [set(), {"prompts", "epochs"}, {"epochs"}, {"prompts"}, {"labels"}, {"width"},
-                  {"ppo_steps"}, {"lr", "ppo_lr"}, {"lr", "ppo_lr"}]    # of each variant
-
-
-def fake_runs(cfg, settings):
-    """One finished run of each method; with a larger learning rate they all diverge."""
-    if cfg.lr > DEFAULT.lr:
-        return [{"rows": [], "failure": {"method": method, "reason": "loss not finite"}}
-                for method in settings]
-    row = {"reward": .6, "reward_se": .01, "kl": 1., "kl_se": .1, "final": True}
-    return [{"rows": [row], "failure": None} for _ in settings]
-
-
-def test_the_study_changes_one_thing_at_a_time_and_names_what_failed(monkeypatch):
-    """A variant changes what its name says, all variants are drawn, a diverged run is reported."""
-    configurations = []
-
-    def get_all(setup, runs, report):
-        return runs
-
-    def prepare(cfg, stages, device):
-        configurations.append(dataclasses.asdict(cfg))
-        return SimpleNamespace(cfg=cfg, stages=SimpleNamespace(get_all=get_all))
-
-    monkeypatch.setattr(train, "prepare", prepare)
-    monkeypatch.setattr(train, "policy_stages", fake_runs)
-    monkeypatch.setattr(train, "estimate_optimum", lambda setup: {})
-    monkeypatch.setattr(train.tables, "add_shares", lambda rows, optimum: None)
-    stages = SimpleNamespace(folder=None, store=None)
-    rows, failures = train.study(SimpleNamespace(cfg=DEFAULT, stages=stages, device="cpu"))
-    changed = [{name for name, x in cfg.items() if x != getattr(DEFAULT, name)}
-               for cfg in configurations]
-    assert changed == CHANGED_FIELDS
-    finished = {row["variant"] for row in rows}
-    assert finished == set(train.gap.variants(DEFAULT)) - {"learning rate x 3.2"}
-    assert finished >= set(train.gap.DPO_STYLE)
-    reasons = [failure["reason"] for failure in failures]
-    assert reasons == ["learning rate x 3.2: loss not finite"] * 3

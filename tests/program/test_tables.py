@@ -11,10 +11,11 @@ import plots
 import train
 from plots import frontier, tables
 
-TEXTS = ["I saw this film last night", ". The plot was superb.", ". The cast was dull.", " The"]
+TEXTS = ["This western:", " the plot was superb.", " the cast was dull.", " The"]
 END = 4
 OPTIMUM = {"beta": [1., .4], "kl": [0., 4.], "reward": [.2, 1.8], "ess": [900., 60.],
            "se": [.01, .02], "ref_reward": .15}
+OPTIMA = {**OPTIMUM, "seeds": {"0": OPTIMUM}}    # as in optimum.json, of one seed
 
 
 def row_of(method="dpo", setting=1., seed=0, kl=1., reward=.5, final=True, share=.6):
@@ -38,8 +39,9 @@ def test_the_table_of_policies_has_finished_policies_and_best_of_4_16_and_64():
 
 
 def test_the_table_of_shares_has_the_kls_of_ppos_targets():
-    """The share at each KL stands below this KL; the KLs are the targets of the default PPO."""
-    shares = dict(zip(train.Config().kl_targets, (.91, .82, .73)))
+    """The share at each KL stands below this KL; the KLs are PPO's targets in the paper's preset."""
+    targets = train.PRESETS["paper"]["kl_targets"]
+    shares = dict(zip(targets, (.91, .82, .73, .64)))
     rows = [row_of(kl=kl, setting=kl, share=share) for kl, share in shares.items()]
     title, line = tables.table_of_shares(rows).splitlines()
     assert [float(kl) for kl in re.findall(r" (\d+) ", title)] == list(shares)
@@ -50,15 +52,17 @@ def test_the_table_of_shares_has_the_kls_of_ppos_targets():
 def test_two_seeds_are_enough_for_an_error_over_seeds():
     """In the table of shares and on the frontier, two seeds have the error of their mean.
 
-    Equal policies, as SFT has, keep their error over prompts.
+    That holds for SFT, too: each seed has its own pi_ref.
     """
     rows = [row_of(seed=0, share=.6, reward=.5), row_of(seed=1, share=.7, reward=.8)]
     error = statistics.stdev([.6, .7]) / 2 ** .5
     assert f"65.0% +- {error:.1%}" in tables.table_of_shares(rows)
     [mean] = frontier.mean_over_seeds(rows)
     assert mean["reward_se"] == pytest.approx(statistics.stdev([.5, .8]) / 2 ** .5)
-    [mean] = frontier.mean_over_seeds([row_of("sft", seed=0), row_of("sft", seed=1)])
-    assert mean["reward_se"] == .02
+    sft = [row_of("sft", seed=seed, kl=0., reward=reward) for seed, reward in ((0, .5), (1, .54))]
+    [mean] = frontier.mean_over_seeds(sft)
+    assert (mean["kl"], mean["kl_se"]) == (0., 0.), "pi_ref is at KL 0, without an error"
+    assert mean["reward_se"] == pytest.approx(statistics.stdev([.5, .54]) / 2 ** .5)
 
 
 def test_the_frontier_has_one_point_for_each_setting_in_order_of_kl():
@@ -91,25 +95,28 @@ def test_an_optimum_from_too_few_samples_is_reliable_nowhere():
     """The reliable part ends at KL 0, and no row can be called impossible."""
     poor = {**OPTIMUM, "ess": [49., 3.]}
     assert tables.reliable_kl(poor) == 0.
-    assert tables.above_optimum([row_of(kl=.5, reward=9.)], poor) == []
+    row = row_of(kl=.5, reward=9.)
+    assert tables.above_optimum([row], {**OPTIMUM, "seeds": {"0": poor}}) == []
+    assert tables.above_optimum([row], {**poor, "seeds": {"0": OPTIMUM}}) == [row], \
+        "the curve of the row's seed counts, not the mean over seeds"
 
 
 def test_the_report_names_failures_and_counts_impossible_rows():
     """A failed run is named with its step and reason, an impossible row with its numbers."""
     failure = {"method": "dpo", "setting": 2., "seed": 1, "step": 9, "reason": "loss not finite"}
     rows = [row_of(kl=.5, reward=.3), row_of(kl=.5, reward=9., setting=3.)]
-    text = tables.report(rows, [failure], OPTIMUM)
+    text = tables.report(rows, [failure], OPTIMA)
     assert tables.table_of_policies(rows) in text and tables.table_of_shares(rows) in text
     assert re.search(r"^FAILED: dpo 2 seed 1 at step 9.*loss not finite$", text, re.MULTILINE)
     assert re.findall(r"IMPOSSIBLE: (\S+) (\S+)", text) == [("dpo", "3")]
     assert re.search(r"1 evaluation\(s\) of 2 above the optimum.*to KL 4\.00", text)
-    assert "no evaluation(s) of 1 above" in tables.report(rows[:1], [], OPTIMUM)
+    assert "no evaluation(s) of 1 above" in tables.report(rows[:1], [], OPTIMA)
 
 
 def test_the_summary_of_preferences_counts_grammar_reward_ties_and_seen_prompts():
     """Of two prompts with K = 3 completions: the counts are made by hand.
 
-    Each completion begins with its prompt, "I saw this film last night" or "I saw ... night The".
+    Each completion begins with its prompt, "This western:" or "This western: The".
     """
     responses = [[1, END], [2, END], [3, END], [1, 2, END], [1, END], [END]]
     prompts = [[0]] * 3 + [[0, 3]] * 3
@@ -129,16 +136,26 @@ def test_the_summary_of_preferences_counts_grammar_reward_ties_and_seen_prompts(
     assert "4 pairs, 2 ties" in summary and "50% of the evaluation prompts" in summary
 
 
-def run_of(method="dpo", seed=0, kl=1., failure=None):
-    """A trained run with two evaluations; the last has this KL."""
-    return {"method": method, "seed": seed, "failure": failure, "rows": [{"kl": 2.}, {"kl": kl}]}
+def run_of(method, *kls, setting=1., failure=None):
+    """A run with an evaluation and a checkpoint at each of these KLs; `state` tells which it is."""
+    rows = [{"method": method, "setting": setting, "step": step, "kl": kl, "reward": .5}
+            for step, kl in enumerate(kls, 1)]
+    return {"method": method, "setting": setting, "failure": failure, "rows": rows,
+            "checkpoints": [f"{method} {setting:g} at KL {kl:g}" for kl in kls]}
 
 
-def test_the_run_that_a_figure_shows_is_finished_and_nearest_in_kl():
-    """Of a method's finished runs of the first seed, the last KL that is nearest; none if none."""
-    runs = [run_of("ppo", seed=3, kl=2.), run_of(seed=4, kl=2.),
-            run_of(seed=3, kl=2., failure={"step": 1})]
-    runs += [run_of(seed=3, kl=kl) for kl in (.5, 1.4, 2.9, 5.)]
-    assert plots.run_nearest_kl(runs, "dpo") is runs[4], "1.4 nats are nearest to 2"
-    assert plots.run_nearest_kl(runs, "dpo", 3.3) is runs[5], "2.9 nats are nearest to 3.3"
-    assert plots.run_nearest_kl(runs, "unlikelihood") is None
+def test_the_policy_that_a_figure_shows_is_nearest_in_kl_finished_or_on_the_way():
+    """Of all evaluated policies of a method, the one whose KL is nearest; none if there is none.
+
+    It comes with the parameters of its own checkpoint, with its run and with its step.
+    """
+    runs = [run_of("ppo", 2.), run_of("dpo", .2, .5), run_of("dpo", .4, 1.4, 4.1, setting=.7),
+            run_of("dpo", 1., 2.9, 5., setting=.5), run_of("dpo", 3.2, setting=.1, failure="NaN")]
+    for kl, step, setting, nearest in ((2., 2, .7, 1.4), (3., 2, .5, 2.9), (9., 3, .5, 5.),
+                                       (3.3, 1, .1, 3.2), (0., 1, 1., .2)):
+        policy = plots.policy_near_kl(runs, "dpo", kl)
+        assert policy == {"method": "dpo", "setting": setting, "step": step, "kl": nearest,
+                          "state": f"dpo {setting:g} at KL {nearest:g}"}, \
+            f"{nearest} nats are nearest to {kl}, not those of {policy}"
+    assert plots.policy_near_kl(runs, "dpo") == plots.policy_near_kl(runs, "dpo", 2.)
+    assert plots.policy_near_kl(runs, "unlikelihood") is None

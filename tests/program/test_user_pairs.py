@@ -7,7 +7,7 @@ import torch
 import data
 import harness
 
-TEXTS = ["I saw this film last night", ". The plot was superb.",
+TEXTS = ["This western: the acting was fine", ". The plot was superb.",
          ". The plot was not really dull, but the cast felt awful."]
 MAX_TOKENS = 60    # longest response
 
@@ -88,7 +88,7 @@ def test_plain_pairs_are_tokenised_with_an_end(encoding, tmp_path):
     """With the three columns only, each response has an end token, and each pair is a group."""
     lines = [preference(TEXTS[0], TEXTS[1], TEXTS[2]),
              preference(TEXTS[0], TEXTS[1], ". The cast was fine."),
-             preference("We watched a thriller", TEXTS[2], TEXTS[1])]
+             preference("My short film", TEXTS[2], TEXTS[1])]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     preferences = encode(encoding, harness.read_pairs(tmp_path / "p.jsonl"))
     assert (preferences.k, len(preferences.ids)) == (2, 6)
@@ -96,6 +96,16 @@ def test_plain_pairs_are_tokenised_with_an_end(encoding, tmp_path):
     expected = [(encoding.encode(line["chosen"]) + end, encoding.encode(line["rejected"]) + end)
                 for line in lines]
     assert responses(preferences) == expected
+
+
+def test_the_reference_log_probabilities_become_part_of_the_preferences(encoding):
+    """`with_reference` changes `ref_logp` alone: it is 0 until pi_ref has scored the responses."""
+    user_pairs = harness.encode_pairs(encoding, [PLAIN_PAIR], MAX_TOKENS, "p.jsonl")
+    assert not user_pairs.preferences.ref_logp.any()
+    scored = user_pairs.with_reference(torch.tensor([-3., -5.]))
+    assert scored.source == user_pairs.source
+    assert scored.preferences.ref_logp.tolist() == [-3., -5.]
+    assert torch.equal(scored.preferences.ids, user_pairs.preferences.ids)
 
 
 def test_lines_may_stand_in_any_order(encoding, tmp_path):
@@ -128,7 +138,7 @@ BAD_LINES = {    # line: words of the error
     "{": "not a JSON object",
     "[1, 2]": "not a JSON object",
     "null": "not a JSON object",
-    '{"prompt": "I saw"}': "not a JSON object",
+    '{"prompt": "This western"}': "not a JSON object",
     json.dumps({**PLAIN_PAIR, "chosen": ""}): "not empty",
     json.dumps({**PLAIN_PAIR, "prompt": "  "}): "not empty",
     json.dumps({**PLAIN_PAIR, "rejected": 3}): "must be text",

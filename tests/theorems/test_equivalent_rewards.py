@@ -87,6 +87,58 @@ def test_dpo_is_blind_to_a_shift_common_to_both_responses():
                 "once from each?")
 
 
+def pairs_of_all_prompts(logp, ref):
+    """Every pair of different responses to the same prompt, as one dpo.Pair: (X, N) each."""
+    i, j = world.ordered_pairs()
+    rows = world.N * torch.arange(world.X)[:, None]                             # (X, 1)
+    winner, loser = (rows + i).flatten(), (rows + j).flatten()
+    return world.make_pair(logp.flatten(), ref.flatten(), winner, loser)
+
+
+def test_z_differs_between_prompts_and_cancels_in_every_pair():
+    """Eq. 6: log Z(x) differs from prompt to prompt, and no pair of the batch depends on it.
+
+    At pi*, the loss of a pair is -log sigma(r_w - r_l) whatever its prompt is. Raising the rewards
+    of one prompt by f raises its log Z(x) by f / beta, and leaves pi* and all losses as they are.
+    """
+    r, ref = rewards_and_reference()
+    raised = r + torch.tensor([[3.], [0.]], dtype=torch.float64)
+    log_z, raised_log_z = (dpo.log_partition(ref, x, BETA) for x in (r, raised))
+    assert (log_z[0] - log_z[1]).abs() > .1, f"log Z must differ between prompts: {log_z.tolist()}"
+    world.agree(raised_log_z - log_z, torch.tensor([3. / BETA, 0.], dtype=torch.float64),
+                "r + f(x) must raise log Z(x) by f(x) / beta, at its own prompt only")
+    i, j = world.ordered_pairs()
+    expected = -torch.log(torch.sigmoid(r[:, i] - r[:, j])).flatten()
+    for reward in (r, raised):
+        star = dpo.optimal_policy(ref, reward, BETA)
+        world.agree(dpo.dpo_loss(pairs_of_all_prompts(star, ref), BETA), expected,
+                    "Eq. 6: Z(x) must cancel in each pair, also if prompts have different Z(x)")
+
+
+def test_dpo_finds_the_optimum_of_each_prompt_although_their_z_differ():
+    """Eq. 7 on the pairs of both prompts at once has its minimum at Eq. 4 of each prompt.
+
+    At the minimum r - rhat = beta log Z(x), a number of its own for each prompt, which the loss
+    never used.
+    """
+    r, ref = rewards_and_reference()
+    preference = data.bradley_terry(r[:, :, None], r[:, None])                    # (X, N, N)
+    weight = world.pair_weights(8)
+    theta = torch.zeros_like(r, requires_grad=True)
+
+    def loss():
+        logp = world.tabular(theta)
+        return sum(world.population_loss(lambda pair: dpo.dpo_loss(pair, BETA), logp[x], ref[x],
+                                         preference[x], weight) for x in range(world.X))
+
+    world.minimise(loss, [theta])
+    rhat = dpo.implicit_reward(world.tabular(theta).detach(), ref, BETA)
+    normaliser = BETA * dpo.log_partition(ref, r, BETA)[:, None]                  # (X, 1)
+    world.agree(r - rhat, normaliser.expand_as(r),
+                "the minimum of Eq. 7 must be Eq. 4 at every prompt, each with its own log Z(x)",
+                1e-5)
+
+
 def test_the_projection_of_a_reward_is_the_implicit_reward_of_its_optimal_policy():
     """Eq. 8: f(r; pi_ref, beta) = r - beta log Z = beta log(pi_r / pi_ref)."""
     r, ref = rewards_and_reference()

@@ -98,8 +98,9 @@ def test_an_evaluation_is_a_mean_over_responses_with_the_error_of_the_prompts_me
     model, (ids, _), *sizes, generator = calls[0]
     assert model is policy and len(ids) == 4 and sizes == [samples, MAX_TOKENS, END], \
         "the responses must be those of the policy to the prompts of evaluation"
-    assert generator.initial_seed() == data.torch_rng("judge", "name", 7).initial_seed(), \
-        "the random numbers of an evaluation must depend on its names"
+    seed = data.named_generator("evaluation", "name", 7, SEED).initial_seed()
+    assert generator.initial_seed() == seed, \
+        "the random numbers of an evaluation must depend on its names and the seed"
 
 
 def test_evaluations_agree_with_enumeration():
@@ -137,12 +138,13 @@ class Clock:
         return self.now
 
 
-def run_policy(steps, evaluations, method="dpo", last_kl=1.):
+def run_policy(steps, evaluations, last_kl=1., planned=None):
     """Run `train.train_policy` on a fake: `steps` holds the statistics of each step, or an error.
 
-    A step takes a second and sets the weight of the policy to its number. An evaluation takes
-    100 seconds; the KL of the last is `last_kl`. Returns the result of the run, and of each
-    evaluation the samples, the names and the weight of the policy.
+    `planned` steps are announced, by default as many as there are. A step takes a second and sets
+    the weight of the policy to its number. An evaluation takes 100 seconds; the KL of the last is
+    `last_kl`. Returns the result of the run, and of each evaluation the samples, the names and the
+    weight of the policy.
     """
     clock, evaluated = Clock(), []
     setup = fake_setup(torch.nn.Linear(1, 1).requires_grad_(False), evaluations=evaluations,
@@ -159,7 +161,7 @@ def run_policy(steps, evaluations, method="dpo", last_kl=1.):
     def train_fake(*arguments):
         assert (arguments[0], *arguments[2:]) == (setup, run, "trained on")
         assert arguments[1].weight.requires_grad, "the policy must be trainable"
-        return len(steps), progress(arguments[1])
+        return planned or len(steps), progress(arguments[1])
 
     def evaluate(setup, policy, samples, *names):
         clock.now += 100
@@ -167,12 +169,13 @@ def run_policy(steps, evaluations, method="dpo", last_kl=1.):
         kl = last_kl if names[-1] == len(steps) else 1.
         return {"reward": .5, "reward_se": .1, "kl": kl, "kl_se": .2}
 
-    run, ref_weight = train.Run(method, .5, SEED), setup.ref.weight.item()
+    run, ref_weight = train.Run("dpo", .5), setup.ref.weight.item()
     with (mock.patch.object(train, "evaluate", evaluate),
           mock.patch.object(train, "time", clock),
           contextlib.redirect_stdout(io.StringIO())):
         result = train.train_policy(setup, run, train_fake, "trained on")
     assert setup.ref.weight.item() == ref_weight, "training must not change pi_ref"
+    assert setup.stages.watched == result["rows"], "each row must be shown once, as it is made"
     return result, evaluated
 
 
@@ -186,7 +189,7 @@ def test_a_run_is_evaluated_at_equal_intervals_and_at_its_end():
         result, evaluated = run_policy([{"loss": 1.}] * count, evaluations)
         interval = math.ceil(count / evaluations)
         steps = [step for step in range(1, count + 1) if step % interval == 0 or step == count]
-        expected = [(10 if step == count else 3, ("dpo", .5, SEED, step), step) for step in steps]
+        expected = [(10 if step == count else 3, ("dpo", .5, step), step) for step in steps]
         assert evaluated == expected, \
             f"of {count} steps with {evaluations} evaluations, (samples, names, policy of step) " \
             f"must be {expected}, not {evaluated}"
@@ -216,13 +219,38 @@ def test_a_row_holds_the_means_of_the_steps_since_the_last_row_and_the_seconds_o
 
 
 def test_checkpoints_are_the_policies_that_were_evaluated():
-    """The runs whose figures show policies on the way keep a copy of each evaluated policy."""
-    for method, kept in (("dpo", [2, 4, 5]), ("preferred_ft", [])):
-        result, _ = run_policy([{"loss": 1.}] * 5, evaluations=3, method=method)
-        checkpoints = [(step, state["weight"].item()) for step, state in result["checkpoints"]]
-        assert checkpoints == [(step, step) for step in kept], \
-            f"the checkpoints of {method} must be the policies of steps {kept}: {checkpoints}"
-        assert result["policy"]["weight"].item() == 5, "`policy` must be the finished policy"
+    """A run keeps a copy of the policy of each row; the last one is the finished policy."""
+    for count, evaluations in ((5, 3), (8, 4), (4, 1)):
+        result, evaluated = run_policy([{"loss": 1.}] * count, evaluations)
+        weights = [state["weight"].item() for state in result["checkpoints"]]
+        assert weights == [row["step"] for row in result["rows"]], \
+            f"there must be the policy of each row, in order, not those of the steps {weights}"
+        assert weights == [weight for _, _, weight in evaluated], \
+            "a checkpoint must be the policy that was evaluated"
+        assert weights[-1] == count, "the last checkpoint must be the finished policy"
+
+
+def test_a_run_that_ends_early_is_evaluated_where_it_ends():
+    """If fewer steps are made than planned, the policy after the last of them is the finished one.
+
+    Ties can make a round of DPO shorter. Until then, the evaluations are at the multiples of
+    ceil(planned steps / evaluations); the finished policy has a row and checkpoint of its own, also
+    if it has just been evaluated on the way.
+    """
+    for planned, made, evaluations in ((10, 7, 4), (10, 8, 5), (9, 2, 2), (20, 1, 4), (10, 6, 5)):
+        result, evaluated = run_policy([{"loss": 2.}] * made, evaluations, planned=planned)
+        interval = math.ceil(planned / evaluations)
+        on_the_way = [step for step in range(1, made + 1) if step % interval == 0]
+        expected = [(3, step) for step in on_the_way] + [(10, made)]
+        assert [(samples, weight) for samples, _, weight in evaluated] == expected, \
+            f"of {planned} planned steps {made} were made: (samples, policy of step) must be " \
+            f"{expected}"
+        rows = [(row["step"], row["final"], row["loss"]) for row in result["rows"]]
+        assert rows == [(step, False, 2.) for step in on_the_way] + [(made, True, 2.)], \
+            f"only the last row is of the finished policy, and each has its statistics: {rows}"
+        weights = [state["weight"].item() for state in result["checkpoints"]]
+        assert weights == [*on_the_way, made], f"the checkpoints are of steps {weights}"
+        assert result["step"] == made and result["failure"] is None, "it is no failure"
 
 
 def test_a_number_that_is_not_finite_or_a_failing_loss_ends_a_run_by_name():
@@ -243,10 +271,11 @@ def test_a_number_that_is_not_finite_or_a_failing_loss_ends_a_run_by_name():
         assert result["failure"] == expected, \
             f"the failure must be {expected}, not {result['failure']}"
         steps_of_rows = [row["step"] for row in result["rows"]]
-        steps_of_checkpoints = [step for step, _ in result["checkpoints"]]
+        steps_of_checkpoints = [state["weight"].item() for state in result["checkpoints"]]
         assert steps_of_rows == steps_of_checkpoints == rows, \
             f"the rows and checkpoints of steps {rows} must be kept"
-        assert result["policy"] == {}, "a failed run has no finished policy"
+        assert not any(row["final"] for row in result["rows"]), \
+            "a failed run has no finished policy"
 
 
 # ----------------------------------------------------------------------- statistics and the optimum
@@ -259,6 +288,8 @@ def test_the_error_of_a_mean_is_that_of_the_prompts_means():
 
 OPTIMUM = {"beta": [4., 1., .4, .1], "kl": [0., .5, 1.5, 3.], "reward": [.2, .9, 1.5, 1.8],
            "ess": [900., 300., 50., 49.], "se": [.01, .02, .03, .05], "ref_reward": .15}
+HIGHER = {**OPTIMUM, "kl": [0., .5, 1.5, 2.], "reward": [.5, 1.2, 1.8, 2.1], "ref_reward": .45}
+OPTIMA = {**HIGHER, "seeds": {str(SEED): OPTIMUM, str(SEED + 1): HIGHER}}
 
 
 def height(kl):
@@ -287,10 +318,10 @@ def test_the_share_of_the_optimal_gain_and_its_error():
           "those of reward and KL", 1e-8)
 
 
-def row_at(kl, reward):
+def row_at(kl, reward, seed=SEED):
     """A row of results at this KL and reward, with the errors of both and with its share."""
-    row = {"kl": kl, "kl_se": .03, "reward": reward, "reward_se": .02}
-    tables.add_shares([row], OPTIMUM)
+    row = {"seed": seed, "kl": kl, "kl_se": .03, "reward": reward, "reward_se": .02}
+    tables.add_shares([row], OPTIMA)
     return row
 
 
@@ -303,13 +334,13 @@ def test_rows_above_the_optimum_by_more_than_four_standard_errors_are_found():
     for kl, slope, se in ((.6, 1., .02), (1.4, .4, .03), (1.5, .4, .03)):
         noise = math.sqrt(.02 ** 2 + (slope * .03) ** 2 + se ** 2)
         above, below = (row_at(kl, height(kl) + n * noise) for n in (4.01, 3.99))
-        assert tables.above_optimum([above, below], OPTIMUM) == [above], \
+        assert tables.above_optimum([above, below], OPTIMA) == [above], \
             f"at KL {kl}, exactly the row that is 4.01 standard errors above F must be found"
-    exact = {**OPTIMUM, "se": [0.] * 4}
+    exact = {"seeds": {str(SEED): {**OPTIMUM, "se": [0.] * 4}}}
     star = {**row_at(1.5, 1.5), "kl_se": 0., "reward_se": 0.}
     assert tables.above_optimum([star], exact) == [], "pi* is on the optimum, not above it"
     unknown = [row_at(kl, 5.) for kl in (0., 1.51, 3.01)]
-    assert tables.above_optimum(unknown, OPTIMUM) == [], \
+    assert tables.above_optimum(unknown, OPTIMA) == [], \
         "nothing can be said of SFT, and of rows beyond the reliable part of the curve"
 
 
@@ -321,3 +352,20 @@ def test_a_row_has_a_share_where_the_optimal_gain_is_known_and_not_zero():
         expected = [optimal, share, error] if has_share else [None] * 3
         assert [row["optimal_reward"], row["share"], row["share_se"]] == expected, \
             f"at KL {kl} the row must have the share {expected[1]}, not {row['share']}"
+
+
+def test_each_row_is_compared_with_the_optimum_of_its_own_seed():
+    """Seeds have other prompts and another pi_ref: F and the share are those of the row's seed.
+
+    Here F of the second seed is .3 higher, and its curve ends at KL 2. A row that is above the
+    optimum of the first seed may be below that of the second.
+    """
+    rows = [row_at(1., height(1.) + .25, seed) for seed in (SEED, SEED + 1)]
+    for row, curve in zip(rows, (OPTIMUM, HIGHER)):
+        optimal, share, error = dpo.share_of_optimal_gain(row["reward"], .02, 1., .03, curve)
+        agree(numbers([row["optimal_reward"], row["share"], row["share_se"]]),
+              numbers([optimal, share, error]),
+              f"the row of seed {row['seed']} must be compared with the optimum of its seed")
+    assert tables.above_optimum(rows, OPTIMA) == rows[:1], "only the first is above its optimum"
+    assert row_at(2.5, .5)["share"] is not None, "the curve of the first seed reaches KL 3"
+    assert row_at(2.5, .5, SEED + 1)["share"] is None, "the curve of the second seed ends at KL 2"

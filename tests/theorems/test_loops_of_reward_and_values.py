@@ -7,7 +7,6 @@ by a constant factor. The fixed point is enumerated. test_loops_of_ppo.py has th
 """
 import copy
 from statistics import fmean, stdev
-from types import SimpleNamespace
 
 import torch
 
@@ -195,7 +194,7 @@ def test_the_reward_model_follows_the_trace_of_equation_2():
     assert 0 < best < 3 and accuracies.count(max(accuracies)) > 1, \
         f"this test needs a best epoch between others, and a later one as good: {accuracies}"
     accuracy, r, parameters = history[best]
-    fitted = ppo.train_reward_model(SimpleNamespace(rm_lr=.02), ref, pairs, held_out, epochs, "cpu")
+    fitted = ppo.train_reward_model(ref, pairs, held_out, epochs, .02, "cpu")
     agree(fitted["accuracy"], accuracy,
           "the accuracy must be the share of held-out pairs in the right order, in the best epoch",
           tolerance=1e-6)
@@ -214,8 +213,8 @@ def test_a_constant_reward_ranks_no_pair():
     A reward model is returned even then.
     """
     pairs = preferences([0, 2], [1, 3], 2, 2, seed=3)
-    fitted = ppo.train_reward_model(SimpleNamespace(rm_lr=0.), world.gpt(seed=1), pairs, pairs,
-                                    [[torch.tensor([0, 1])]], "cpu")
+    fitted = ppo.train_reward_model(world.gpt(seed=1), pairs, pairs, [[torch.tensor([0, 1])]], 0.,
+                                    "cpu")
     agree(torch.tensor([fitted["accuracy"], fitted["mean"], fitted["deviation"]]), torch.zeros(3),
           "a reward that is 0 everywhere must have accuracy, mean and deviation 0")
     assert "model" in fitted, "an epoch with accuracy 0 must be kept if there is no better one"
@@ -237,8 +236,7 @@ def test_the_reward_model_ends_at_reward_over_tau_up_to_a_constant_of_the_prompt
             loser += [4 * x + j] * int(odds[x, i])
     pairs = preferences(winner, loser, 4, 3, seed=4)
     ref = world.gpt(seed=2)
-    fitted = ppo.train_reward_model(SimpleNamespace(rm_lr=1e-2), ref, pairs, pairs,
-                                    [[torch.arange(3)] * 250], "cpu")
+    fitted = ppo.train_reward_model(ref, pairs, pairs, [[torch.arange(3)] * 250], 1e-2, "cpu")
     scalar = ppo.ScalarModel(ref)
     scalar.load_state_dict(fitted["model"])
     learned = ppo.predict_reward(scalar, pairs.ids, pairs.mask).view(3, 4)

@@ -1,10 +1,15 @@
 """The corpus, the tokenizer and prompts; how preferences are labelled and put into batches."""
+import functools
 import itertools
 import random
+from unittest import mock
 
 import torch
 
 import data
+import train
+from data import learn_ranks
+from fake_setup import fake_setup
 from test_true_reward import OPENING, encoding, reviews, sigma
 from world import agree, generator, normal
 
@@ -16,29 +21,57 @@ def test_every_written_review_is_grammatical():
     All clauses parse: 3 or 4 of them, on different aspects.
     """
     for text in reviews(150, seed=1):
-        clauses = sum(text.count(joint) for joint in (". The ", ", and the ", ", but the "))
+        joints = (": the ", ". The ", ", and the ", ", but the ")
+        clauses = sum(text.count(joint) for joint in joints)
         assert data.is_grammatical(text), f"a written review must be grammatical: {text!r}"
         assert len(data.parse_opinions(text)) == clauses in (3, 4), \
             f"a written review must have 3 or 4 opinions, and all must parse: {text!r}"
 
 
 def test_broken_reviews_are_not_grammatical():
-    """A review is rejected if it is cut inside a sentence, or if a word is doubled or missing."""
-    text = (f"{OPENING}. The plot was not really superb, but the cast felt dull. "
+    """A review is rejected if it is cut inside a sentence, or if a word is doubled or missing.
+
+    It is also rejected if its opening is a sentence, or if it mixes the two domains.
+    """
+    text = (f"{OPENING} the plot was not really superb, but the cast felt dull. "
             "The score seemed fine.")
     broken = []
     for cut in range(len(text)):
-        complete = text[:cut].endswith(".") and cut > len(OPENING) + 1
-        if not complete:
+        if not text[:cut].endswith("."):
             broken.append(text[:cut])
     words = text.split(" ")
     for i, word in enumerate(words):
         broken.append(" ".join(words[:i] + [word, word] + words[i + 1:]))
         if word not in ("not", "really"):                    # a review is complete without these
             broken.append(" ".join(words[:i] + words[i + 1:]))
+    broken += [text.replace(":", "."), text.replace("western", "bistro"),
+               text.replace("plot", "soup"), text.replace("fine", "tasty")]
     accepted = [x for x in broken if data.is_grammatical(x)]
     assert not accepted, f"these are no reviews, but they are accepted: {accepted}"
     assert data.is_grammatical(text), f"this review must be accepted: {text!r}"
+
+
+def words_of(texts):
+    """The words of some texts, without punctuation."""
+    return {word.strip(":.,") for text in texts for word in text.split(" ")}
+
+
+def test_restaurants_have_words_that_no_film_review_contains():
+    """Subject, aspects and adjectives of a restaurant are in no film review, and vice versa.
+
+    A restaurant review has at least 7 such words: a subject, and 3 opinions with two of them each.
+    """
+    lexicon = {}
+    for domain in data.SUBJECTS:
+        phrases = [*data.SUBJECTS[domain], *data.ASPECTS[domain], *data.ADJECTIVES[domain]]
+        lexicon[domain] = words_of(phrases)
+    for domain, other in (("film", "restaurant"), ("restaurant", "film")):
+        texts = data.write_corpus(300, 7, domain)["train"]
+        shared = words_of(texts) & lexicon[other]
+        assert not shared, f"{domain} reviews contain words of the domain {other}: {shared}"
+        for text in texts:
+            own = [word for word in text.split(" ") if word.strip(":.,") in lexicon[domain]]
+            assert len(own) >= 7, f"this {domain} review has few words of its own: {text!r}"
 
 
 def test_splits_are_disjoint():
@@ -73,18 +106,22 @@ def test_a_corpus_depends_on_its_seed_alone():
 
 
 def test_generators_of_other_names_are_other_generators():
-    """`rng` and `torch_rng` depend on all their names and on nothing else.
+    """`named_rng` and `named_generator` depend on all their names and on nothing else.
 
     So changing a loss never changes the data.
     """
     names = [("a", 1), ("a", 2), ("b", 1), ("a",), ("a1",), (1, "a")]
-    numbers = [data.rng(*name).random() for name in names]
-    tensor_numbers = [torch.rand(1, generator=data.torch_rng(*name)).item() for name in names]
+    numbers = [data.named_rng(*name).random() for name in names]
+    tensor_numbers = []
+    for name in names:
+        tensor_numbers.append(torch.rand(1, generator=data.named_generator(*name)).item())
     assert len({*numbers, *tensor_numbers}) == 12, \
         f"generators of different names must give different numbers: {numbers} {tensor_numbers}"
-    assert data.rng("a", 1).random() == numbers[0], "rng of the same names must repeat its numbers"
-    assert torch.rand(1, generator=data.torch_rng("a", 1)).item() == tensor_numbers[0], \
-        "torch_rng of the same names must repeat its numbers"
+    assert data.named_rng("a", 1).random() == numbers[0], \
+        "named_rng of the same names must repeat its numbers"
+    repeated = torch.rand(1, generator=data.named_generator("a", 1)).item()
+    assert repeated == tensor_numbers[0], \
+        "named_generator of the same names must repeat its numbers"
 
 
 # ---------------------------------------------------------------------------- tokenizer and prompts
@@ -110,13 +147,85 @@ def test_prompts_are_prefixes_of_two_to_eight_tokens():
     """
     texts = reviews(60, seed=6)
     tokenizer = encoding()
-    ids, lengths = data.make_prompts(tokenizer, texts, data.rng("prompts"))
+    ids, lengths = data.make_prompts(tokenizer, texts, data.named_rng("prompts"))
     for text, row, n in zip(texts, ids.tolist(), lengths.tolist()):
         expected = tokenizer.encode(text)[:n] + [tokenizer.eot_token] * (8 - n)
         assert row == expected, \
             f"a prompt must be the first {n} tokens of {text!r}, {expected}, not {row}"
     observed = set(lengths.tolist())
     assert observed == set(range(2, 9)), f"lengths must be 2 to 8, not {sorted(observed)}"
+
+
+@functools.cache
+def learned_ranks(texts, vocab_size):
+    """`data.learn_ranks` of a tuple of texts. It takes seconds, so it is computed once."""
+    return learn_ranks(list(texts), vocab_size)
+
+
+def encoding_of_the_experiment():
+    """The encoding of the default experiment, which is learned from its first reviews alone."""
+    def learn(texts, vocab_size):
+        return learned_ranks(tuple(texts), vocab_size)
+
+    with mock.patch.object(data, "learn_ranks", learn):
+        return data.make_encoding(train.learn_tokenizer(fake_setup(seed=0, reviews=400)))
+
+
+def openings(domain):
+    """Every opening of a domain, without its colon."""
+    pairs = itertools.product(data.OWNERS, data.SUBJECTS[domain])
+    return [f"{owner} {subject}" for owner, subject in pairs]
+
+
+def test_openings_are_many_and_none_fills_a_prompt():
+    """Each domain has at least a hundred openings, all different, of 2 to 7 tokens.
+
+    Those of films have at most 5: then come ":" and " the", so a prompt of 8 tokens always has a
+    token of the first opinion.
+    """
+    tokenizer = encoding_of_the_experiment()
+    for domain, most in (("film", 5), ("restaurant", 7)):
+        texts = openings(domain)
+        assert len(set(texts)) == len(texts) >= 100, \
+            f"the domain {domain} has only {len(set(texts))} openings: most prompts are equal"
+        for text in texts:
+            count = len(tokenizer.encode(text))
+            assert 2 <= count <= most, \
+                f"the opening {text!r} has {count} tokens, not 2 to {most}"
+
+
+def test_more_than_half_of_the_prompts_reach_into_the_first_opinion():
+    """With the tokenizer of the experiment, most prompts are longer than "This western: the".
+
+    So they differ in what they have already decided, and each has its own Z(x).
+    """
+    tokenizer = encoding_of_the_experiment()
+    texts = data.write_corpus(2500, 0)["train"]
+    ids, lengths = data.make_prompts(tokenizer, texts, data.named_rng("prompts"))
+    begun = []
+    for row, n in zip(ids.tolist(), lengths.tolist()):
+        _, _, opinion = tokenizer.decode(row[:n]).partition(": the ")
+        if opinion:
+            begun.append(opinion)
+    share = len(begun) / len(texts)
+    assert share > .5, f"only {share:.2f} of the prompts reach into the first opinion"
+    assert len(set(begun)) > 100, f"the prompts begin only {len(set(begun))} different opinions"
+
+
+def test_the_beginning_of_a_review_decides_a_part_of_its_reward():
+    """Reviews whose first opinion is good have another distribution of rewards, and another Z.
+
+    log Z(x) = log E[exp(r / beta)] at beta = .2 differs by more than half a nat.
+    """
+    rewards = {True: [], False: []}
+    for text in data.write_corpus(1000, 1)["train"]:
+        _, valence, _ = data.parse_opinions(text)[0]
+        rewards[valence > 0].append(data.sentiment(text))
+    log_z = []
+    for group in rewards.values():
+        log_z.append((torch.tensor(group) / .2).exp().mean().log().item())
+    assert log_z[0] > log_z[1] + .5, \
+        f"log Z is {log_z[0]:.2f} after a good opinion and {log_z[1]:.2f} after a bad one"
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -185,7 +294,7 @@ def contents(preferences, pair, width):
     rows = []
     for n in pair:
         tokens = preferences.ids[n, :width].where(preferences.mask[n, :width], -1)
-        rows.append(tokens.tolist() + [preferences.ref[n].item()])
+        rows.append(tokens.tolist() + [preferences.ref_logp[n].item()])
     return rows
 
 
@@ -196,7 +305,7 @@ def test_a_batch_of_prompts_holds_the_same_pairs():
     """
     preferences = random_preferences(seed=3)
     prompts = torch.tensor([8, 0, 2, 5])
-    batch = data.prompt_batch(preferences, prompts)
+    batch = data.select_prompts(preferences, prompts)
     width = batch.ids.shape[1]
     expected = []
     for prompt in prompts:
@@ -217,8 +326,8 @@ def test_an_epoch_holds_each_prompt_once():
     No batch is larger than asked for. Another generator gives another order.
     """
     preferences = random_preferences(seed=3)
-    batches = data.prompt_batches(preferences, 2, generator(1), window=2)
-    other_order = data.prompt_batches(preferences, 2, generator(2), window=2)
+    batches = data.shuffled_batches(preferences, 2, generator(1), window=2)
+    other_order = data.shuffled_batches(preferences, 2, generator(2), window=2)
     prompts = torch.cat(batches).tolist()
     with_pairs = set((preferences.winner // 4).tolist())
     assert sorted(prompts) == sorted(with_pairs), \
@@ -234,7 +343,7 @@ def test_prompts_of_like_length_go_together():
     """
     preferences = random_preferences(seed=3)
     longest = preferences.mask.sum(1).view(11, 4).amax(1)                    # (11,)
-    batches = data.prompt_batches(preferences, 2, generator(1), window=100)
+    batches = data.shuffled_batches(preferences, 2, generator(1), window=100)
     ranges = []
     for batch in batches:
         ranges.append((int(longest[batch].min()), int(longest[batch].max())))

@@ -6,7 +6,6 @@ positions, and one of them has a hole. Entries outside the mask are NaN, so a fu
 one returns NaN.
 """
 import math
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -123,8 +122,7 @@ def test_the_reward_model_learns_the_preferences_and_keeps_its_best_epoch():
     swapped_epoch = torch.arange(40, 80).split(4)
     epochs = [right_epoch] * 3 + [swapped_epoch] * 3
     ref = world.gpt(seed=1).float()
-    fitted = ppo.train_reward_model(SimpleNamespace(rm_lr=5e-3), ref, pairs, held_out, epochs,
-                                    "cpu")
+    fitted = ppo.train_reward_model(ref, pairs, held_out, epochs, lr=5e-3, device="cpu")
     reward_model = ppo.ScalarModel(ref)
     reward_model.load_state_dict(fitted["model"])
     r = ppo.predict_reward(reward_model, held_out.ids, held_out.mask)

@@ -3,6 +3,8 @@
 The tokens are sentences (fake_setup.py), so that the true reward of each text is known.
 """
 import contextlib
+import dataclasses
+import io
 import itertools
 import math
 from unittest import mock
@@ -18,7 +20,7 @@ import train
 import world
 from fake_setup import SEED, Tokenizer, fake_setup, numbers, reviews, true_reward
 from test_log_probabilities import long_gpt
-from test_loops_of_training import logp_of
+from test_loops_of_training import as_lists, logp_of, table_of
 from world import END, MAX_TOKENS, RESPONSES, V, agree
 
 K = 4    # completions a prompt
@@ -32,29 +34,27 @@ def setup_of(train_reviews=9, **fields):
                       prompts=train_reviews, **fields)
 
 
-def as_lists(ids, mask):
-    """The (prompt, response) of each row, as lists of tokens."""
-    texts = []
-    for row, is_response in zip(ids.tolist(), mask.tolist()):
-        start = is_response.index(True)
-        end = start + sum(is_response)
-        texts.append((row[:start], row[start:end]))
-    return texts
+def completions_of(setup, split="train", count=9):
+    """The completions of some prompts by pi_ref, and their (prompt, response), lists of tokens."""
+    completions = train.reference_completions(setup, split, count)
+    return completions, as_lists(completions["ids"], completions["mask"])
 
 
 # ------------------------------------------------------------------------------------------- pi_ref
 def sft_inputs(setup):
     """What `train.train_reference` gives to SFT, and the parameters that it returns.
 
+    The corpus of the setup has reviews of films and, as `restaurant`, of restaurants.
     -> context of the model, ids, lengths, batches, learning rate; state dict
     """
+    corpora = {"film": setup.corpus, "restaurant": {"train": setup.corpus["restaurant"]}}
     calls = []
 
     def sft(model, *arguments):
         calls.append((model.config.context, *arguments))
         model.token.weight.data.fill_(7.)
 
-    with (mock.patch.object(train, "write_corpus", lambda setup: setup.corpus),
+    with (mock.patch.object(train, "make_corpus", lambda setup, domain: corpora[domain]),
           mock.patch.object(train, "learn_tokenizer", lambda setup: None),
           mock.patch.object(data, "make_encoding", lambda ranks: Tokenizer()),
           mock.patch.object(train, "sft", sft)):
@@ -65,12 +65,15 @@ def sft_inputs(setup):
 def test_pi_ref_is_trained_on_every_review_once_an_epoch_in_an_order_of_its_own():
     """SFT gets each train review with its END, cut to the context, and shuffled in each epoch.
 
-    Batches are consecutive parts of the epochs. The stage returns the trained parameters.
+    The reviews are those of films and of restaurants. Batches are consecutive parts of the epochs.
+    The stage returns the trained parameters.
     """
-    setup = fake_setup(corpus={"train": reviews(7, seed=1)}, vocab_size=V, width=4, heads=1,
-                       layers=1, max_tokens=2, sft_epochs=3, sft_batch=4, sft_lr=.25)
+    corpus = {"train": reviews(5, seed=1), "restaurant": reviews(2, seed=4)}
+    setup = fake_setup(corpus=corpus, vocab_size=V, width=4, heads=1, layers=1, max_tokens=2,
+                       sft_epochs=3, sft_batch=4, sft_lr=.25)
     (context, ids, lengths, batches, lr), state = sft_inputs(setup)
-    rows = [setup.encoding.encode(text) + [END] for text in setup.corpus["train"]]
+    texts = corpus["train"] + corpus["restaurant"]
+    rows = [setup.encoding.encode(text) + [END] for text in texts]
     assert context == 10 and max(map(len, rows)) == 11, "this test needs a review that is cut"
     given = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist())]
     assert given == [row[:10] for row in rows], \
@@ -92,8 +95,7 @@ def test_completions_are_responses_of_pi_ref_to_the_first_prompts_in_order():
     """
     for count in (9, 3, 1):
         setup = setup_of(12)
-        completions = train.complete(setup, "train", count, SEED)
-        texts = as_lists(completions["ids"], completions["mask"])
+        completions, texts = completions_of(setup, "train", count)
         assert len(texts) == count * K, f"{count} prompts have {len(texts)} completions"
         for row, (prompt, response) in enumerate(texts):
             tokens = setup.encoding.encode(setup.corpus["train"][row // K])
@@ -103,7 +105,7 @@ def test_completions_are_responses_of_pi_ref_to_the_first_prompts_in_order():
             assert END not in response[:-1] and (response[-1] == END or len(response) == 3), \
                 f"a response must end with END or be {MAX_TOKENS} tokens long, not {response}"
         ref = [logp_of(setup.ref, x + y, len(x)).item() for x, y in texts]
-        agree(completions["ref"], numbers(ref), "`ref` must be log pi_ref of each completion")
+        agree(completions["ref_logp"], numbers(ref), "ref_logp must be log pi_ref of each")
         reward = [true_reward(x + y) for x, y in texts]
         agree(completions["reward"], numbers(reward),
               "`reward` must be the true reward of each completion", 1e-6)
@@ -112,7 +114,7 @@ def test_completions_are_responses_of_pi_ref_to_the_first_prompts_in_order():
 # ------------------------------------------------------------------------------------------- labels
 def labelled_pairs(**fields):
     """Label 9 prompts -> true rewards of the completions, [(winner, loser)], preferences."""
-    pairs = train.label(setup_of(9, **fields), "train", 9, SEED)
+    pairs = train.training_pairs(setup_of(9, **fields))
     reward = [true_reward(x + y) for x, y in as_lists(pairs.ids, pairs.mask)]
     return reward, list(zip(pairs.winner.tolist(), pairs.loser.tolist())), pairs
 
@@ -127,8 +129,8 @@ def test_the_labels_of_a_prompt_compare_its_completions_by_the_true_reward():
                 if w // K == l // K and reward[w] > reward[l] + 1e-6]
     assert 0 < len(expected) < 9 * K * (K - 1) / 2, "this test needs pairs and ties"
     assert sorted(labels) == sorted(expected), "the pairs must be those of unequal true rewards"
-    completions = train.complete(setup_of(9), "train", 9, SEED)
-    for name in ("ids", "mask", "ref"):
+    completions, _ = completions_of(setup_of(9))
+    for name in ("ids", "mask", "ref_logp"):
         assert torch.equal(getattr(pairs, name), completions[name]), f"other {name} than completed"
     assert pairs.k == K, f"K must be {K}, not {pairs.k}"
 
@@ -146,11 +148,12 @@ def test_labels_are_drawn_at_the_temperature_of_the_configuration():
 
 
 def test_completions_that_all_tie_are_no_preferences():
-    """If no pair is left, the error says so."""
-    completions = {"ids": None, "mask": None, "ref": None, "reward": torch.ones(2 * K)}
-    with mock.patch.object(train, "complete", lambda *arguments: completions):
-        with pytest.raises(harness.UserError, match="no pair to learn from"):
-            train.label(setup_of(2), "train", 2, SEED)
+    """If no pair is left, the error says so, for train and for held-out prompts."""
+    completions = {"ids": None, "mask": None, "ref_logp": None, "reward": torch.ones(2 * K)}
+    with mock.patch.object(train, "reference_completions", lambda *arguments: completions):
+        for split in ("train", "validation"):
+            with pytest.raises(harness.UserError, match="no pair to learn from"):
+                train.reference_pairs(setup_of(2), split, 2)
 
 
 # ------------------------------------------------------------------------ rewards and values of PPO
@@ -164,9 +167,12 @@ def stage_of(setup, value):
 
 
 def reward_model_inputs(setup):
-    """The arguments of `ppo.train_reward_model` in the stage of the reward model."""
+    """The arguments of `ppo.train_reward_model` in the stage of the reward model.
+
+    -> pi_ref, pairs, held-out pairs, epochs, learning rate, device
+    """
     with mock.patch.object(ppo, "train_reward_model") as train_reward_model:
-        train.reward_model(setup, SEED)
+        train.fit_reward_model(setup)
     return train_reward_model.call_args.args
 
 
@@ -176,8 +182,8 @@ def test_the_reward_model_learns_all_pairs_and_is_tested_on_held_out_ones():
     Held-out pairs are those of an eighth as many validation prompts, rounded up, as there are train
     prompts; of all, if there are fewer.
     """
-    setup = setup_of(17, rm_epochs=3, batch_prompts=4)
-    _, ref, pairs, held_out, epochs, _ = reward_model_inputs(setup)
+    setup = setup_of(17, rm_epochs=3, batch_prompts=4, rm_lr=.125)
+    ref, pairs, held_out, epochs, lr, _ = reward_model_inputs(setup)
     assert ref is setup.ref and len(pairs.ids) == 17 * K and len(held_out.ids) == 3 * K, \
         f"17 prompts need 3 held-out prompts, not {len(held_out.ids) / K}"
     for row, (prompt, _) in enumerate(as_lists(held_out.ids, held_out.mask)):
@@ -188,14 +194,15 @@ def test_the_reward_model_learns_all_pairs_and_is_tested_on_held_out_ones():
     assert list(map(sorted, orders)) == [with_pairs] * 3, "an epoch must hold each prompt once"
     assert orders[0] != orders[1] != orders[2] != orders[0], "each epoch must have its own order"
     assert max(map(len, epochs[0])) == 4, "batches must have --batch-prompts prompts"
-    *_, held_out, _, _ = reward_model_inputs(setup_of(42))
+    assert lr == .125, f"the learning rate must be --rm-lr .125, not {lr}"
+    _, _, held_out, *_ = reward_model_inputs(setup_of(42))
     assert len(held_out.ids) == 5 * K, "of 42 prompts an eighth is more than all 5 held-out ones"
 
 
 def test_preferences_of_a_user_replace_those_of_pi_ref():
     """--pairs: the reward model learns the user's pairs, and is tested on held-out ones."""
-    user_pairs = train.label(setup_of(9), "train", 9, SEED)
-    _, _, pairs, held_out, *_ = reward_model_inputs(setup_of(9, preferences=user_pairs))
+    user_pairs = train.training_pairs(setup_of(9))
+    _, pairs, held_out, *_ = reward_model_inputs(setup_of(9, preferences=user_pairs))
     assert pairs is user_pairs, "the reward model must learn the pairs of the user"
     assert len(held_out.ids) == 2 * K, "held-out pairs must be those of pi_ref"
 
@@ -203,12 +210,11 @@ def test_preferences_of_a_user_replace_those_of_pi_ref():
 def test_the_true_reward_of_ppo_is_normalised_on_responses_of_pi_ref():
     """PPO-GT: the true reward less its mean, over its standard deviation, on the completions."""
     setup = setup_of(9)
-    completions = train.complete(setup, "train", 9, SEED)
-    texts = as_lists(completions["ids"], completions["mask"])
+    completions, texts = completions_of(setup)
     reward = [true_reward(x + y) for x, y in texts]
     mean = sum(reward) / len(reward)
     deviation = math.sqrt(sum((r - mean) ** 2 for r in reward) / (len(reward) - 1))
-    score = train.true_score(setup, SEED)(completions["ids"][:7], completions["mask"][:7])
+    score = train.make_true_score(setup)(completions["ids"][:7], completions["mask"][:7])
     agree(score, numbers([(r - mean) / deviation for r in reward[:7]]),
           "the score of PPO-GT must be the true reward with mean 0 and deviation 1 on all "
           "completions: is it normalised on each batch instead?", 1e-5)
@@ -220,10 +226,9 @@ def test_the_learned_reward_of_ppo_is_normalised_by_its_mean_and_deviation():
     model = ppo.ScalarModel(long_gpt(seed=5))
     torch.nn.init.normal_(model.head.weight, generator=world.generator(6))
     fitted = {"model": model.state_dict(), "mean": .3, "deviation": 2.5}
-    completions = train.complete(setup, "train", 3, SEED)
-    with mock.patch.object(train, "reward_model", stage_of(setup, fitted)):
-        score = train.learned_score(setup, SEED)(completions["ids"], completions["mask"])
-    texts = as_lists(completions["ids"], completions["mask"])
+    completions, texts = completions_of(setup, "train", 3)
+    with mock.patch.object(train, "fit_reward_model", stage_of(setup, fitted)):
+        score = train.make_learned_score(setup)(completions["ids"], completions["mask"])
     output = [model(torch.tensor([x + y]))[0, -1].item() for x, y in texts]
     agree(score, numbers([(r - .3) / 2.5 for r in output]),
           "the score of PPO must be the learned reward with mean 0 and deviation 1")
@@ -233,9 +238,9 @@ def test_the_values_of_ppo_are_fitted_to_its_scores_of_all_completions():
     """A step has as many completions as a step of DPO with four completions to a prompt."""
     setup = setup_of(9, batch_prompts=5, rm_lr=.125)
     with mock.patch.object(ppo, "fit_values") as fit_values:
-        train.initial_values(setup, "ppo", SEED, stage_of(setup, "score"))
+        train.fit_initial_values(setup, "ppo", stage_of(setup, "score"))
     ref, ids, mask, score, batch, lr, _ = fit_values.call_args.args
-    completions = train.complete(setup, "train", 9, SEED)
+    completions, _ = completions_of(setup)
     assert torch.equal(ids, completions["ids"]) and torch.equal(mask, completions["mask"])
     assert ref is setup.ref and score == "score", "values must be those of the score of this PPO"
     assert (batch, lr) == (20, .125), f"a step of {batch} completions at learning rate {lr}"
@@ -247,16 +252,16 @@ def test_ppo_gets_the_train_prompts_its_score_and_its_target():
     train_reviews = [setup.encoding.encode(text) for text in setup.corpus["train"]]
     score = stage_of(setup, "score")
     for target in (1., 2.):
-        run = train.Run("ppo", target, SEED)
+        run = train.Run("ppo", target)
         with (mock.patch.object(ppo, "train_ppo") as train_ppo,
-              mock.patch.object(train, "initial_values") as initial_values):
+              mock.patch.object(train, "fit_initial_values") as fit_initial_values):
             steps, progress = train.train_with_ppo(setup, "policy", run, score)
         cfg, policy, ref, prompts, *inputs, generator, values = train_ppo.call_args.args
-        given, method, *_, score_of_values = initial_values.call_args.args
+        given, method, score_of_values = fit_initial_values.call_args.args
         assert steps == 6 and progress is train_ppo.return_value, "--ppo-steps steps of PPO"
         assert (cfg, policy, ref) == (setup.cfg, "policy", setup.ref)
         assert inputs == ["score", target, END], f"score, target and END must not be {inputs}"
-        assert values is initial_values.return_value, "PPO must start from its initial values"
+        assert values is fit_initial_values.return_value, "PPO must start from its initial values"
         assert (given, method, score_of_values) == (setup, "ppo", score)
         for review, ids, n in zip(train_reviews, *prompts, strict=True):
             assert ids[:n].tolist() == review[:n], "the prompts must be those of train reviews"
@@ -267,34 +272,88 @@ def test_ppo_gets_the_train_prompts_its_score_and_its_target():
 # -------------------------------------------------------------------------------------- the optimum
 def listed_rewards(setup):
     """log pi_ref (X, N) and r (X, N) of all responses to the prompts of evaluation."""
-    logp, reward = [], []
-    for ids, n in zip(*train.evaluation_prompts(setup)):
-        x = ids[:n].tolist()
-        logp.append([logp_of(setup.ref, [*x, *y], n).item() for y in RESPONSES])
-        reward.append([true_reward([*x, *y]) for y in RESPONSES])
-    return numbers(logp), numbers(reward)
+    prompts = [ids[:n].tolist() for ids, n in zip(*train.evaluation_prompts(setup))]
+    reward = [[true_reward([*x, *y]) for y in RESPONSES] for x in prompts]
+    return table_of(setup.ref, prompts), numbers(reward)
 
 
-def test_the_optimum_of_the_evaluation_is_that_of_all_responses():
-    """F of sampled responses is the reward of the enumerated pi* (Eq. 4) at the same KL.
+def run_result(method="dpo", setting=1., seed=SEED, failure=None):
+    """What `train.train_policy` returns of a run, as far as the proposals read it."""
+    return {"method": method, "setting": setting, "seed": seed, "failure": failure}
 
-    The tolerance is 4 standard errors. The curve reaches from pi_ref to the best responses. The
-    samples of prompt i have the enumerated mean reward of prompt i.
+
+def test_the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas():
+    """Of a seed's finished runs, all of PPO-GT and the two of DPO that are farthest from pi_ref.
+
+    pi_ref is no run and is always among the policies that sample. Runs of other methods, of other
+    seeds, and failed ones are left out.
     """
-    setup = setup_of(2, eval_prompts=4, optimum_samples=3000)
+    failure = {"step": 3, "reason": "loss not finite"}
+    runs = [run_result("dpo", 2.), run_result("ppo", 1.), run_result("ppo_gt", 4.),
+            run_result("dpo", .1, failure=failure), run_result("dpo", .5, seed=SEED + 1),
+            run_result("ppo_gt", 1.), run_result("ppo_gt", 2., failure=failure),
+            run_result("dpo", .7), run_result("unlikelihood", .1), run_result("dpo", 1.),
+            run_result("preferred_ft", 0.), run_result("my_loss", .2)]
+    setup = setup_of(2)
+    expected = {("ppo_gt", 1.), ("ppo_gt", 4.), ("dpo", .7), ("dpo", 1.)}
+    found = train.proposals(setup, runs)
+    assert len(found) == 4 and set(found) == expected, f"the proposals are {found}"
+    assert train.proposals(setup, []) == (), "without runs, pi_ref alone samples"
+    one_dpo = [run_result("dpo", 3.)]
+    assert train.proposals(setup, one_dpo) == (("dpo", 3.),), "one run of DPO is a proposal, too"
+
+
+@contextlib.contextmanager
+def trained_policies(states):
+    """Context in which the runs in `states` (run -> final parameters) have been trained.
+
+    Their earlier checkpoints hold no parameters, so loading one of them would fail.
+    """
+    def train_policy(setup, run, *trained_by):
+        assert trained_by == train.METHODS[run.method], "a run is trained as in METHODS"
+        return {"checkpoints": [{"no": "parameters"}, states[run]]}
+
+    with mock.patch.object(train, "train_policy", train_policy):
+        yield
+
+
+def assert_optimum_is_enumerated(setup, optimum):
+    """Compare F with the reward of the enumerated pi* (Eq. 4) at the same KL, at several betas.
+
+    The tolerance is 4 standard errors.
+    """
     logp, reward = listed_rewards(setup)
-    optimum = train.estimate_optimum(setup)
     for beta in (2., .3, .1, .03):
         star = dpo.optimal_policy(logp, reward, beta)
         height, _, error = dpo.optimal_reward(world.kl(star, logp).mean().item(), optimum)
         deviation = (height - world.expectation(star, reward).mean().item()) / error
         assert abs(deviation) < 4, \
             f"at beta {beta}, F is {deviation:.1f} standard errors from the reward of pi*"
+
+
+def sampled_optimum(setup, runs):
+    """The rewards and log weights of the samples for the optimum, (X, N) each, in float64."""
+    samples = [train.sample_optimum(setup, part, runs)
+               for part in train.part_numbers(setup.cfg.eval_prompts)]
+    return (torch.cat(x).double() for x in zip(*samples))
+
+
+def test_the_optimum_of_the_evaluation_is_that_of_all_responses():
+    """F of pi_ref's sampled responses is the reward of the enumerated pi* (Eq. 4) at the same KL.
+
+    The curve reaches from pi_ref to the best responses. The samples of prompt i have the
+    enumerated mean reward of prompt i. All weights are 1.
+    """
+    setup = setup_of(2, eval_prompts=4, optimum_samples=3000)
+    optimum = train.estimate_optimum(setup, ())
+    assert_optimum_is_enumerated(setup, optimum)
+    logp, reward = listed_rewards(setup)
     mean = world.expectation(logp, reward)
     error = (world.expectation(logp, reward ** 2) - mean ** 2).sqrt() / 3000 ** .5
-    samples = torch.stack([train.reference_rewards(setup, i) for i in range(4)])
+    samples, log_weight = sampled_optimum(setup, ())
     assert samples.shape == (4, 3000), "there must be --optimum-samples responses to each prompt"
-    deviation = (samples.double().mean(1) - mean) / error
+    agree(log_weight, torch.zeros(4, 3000), "samples of pi_ref alone have the weight 1")
+    deviation = (samples.mean(1) - mean) / error
     assert (deviation.abs() < 4).all(), \
         f"mean rewards of pi_ref are {deviation.tolist()} standard errors from those of the prompts"
     agree(optimum["ref_reward"], samples.mean(), "`ref_reward` is pi_ref's mean", 1e-6)
@@ -303,61 +362,173 @@ def test_the_optimum_of_the_evaluation_is_that_of_all_responses():
         "the curve must reach from pi_ref to the best responses"
 
 
+def test_the_optimum_is_the_same_with_trained_policies_among_the_samplers():
+    """With two proposals, F is still the reward of pi*: the samples are weighted for pi_ref.
+
+    The proposals are the finished policies of their runs, the last checkpoints. The weighted mean
+    reward of prompt i is pi_ref's enumerated one. No weight is above the number of policies.
+    """
+    setup = setup_of(2, eval_prompts=4, optimum_samples=1000)
+    runs = train.Run("ppo_gt", 1.), train.Run("dpo", .7)
+    states = {run: long_gpt(seed=10 + i).state_dict() for i, run in enumerate(runs)}
+    with trained_policies(states):
+        optimum = train.estimate_optimum(setup, runs)
+        reward, log_weight = sampled_optimum(setup, runs)
+    assert_optimum_is_enumerated(setup, optimum)
+    assert reward.shape == (4, 3000), "each policy must give --optimum-samples responses"
+    assert log_weight.max() <= math.log(3) + 1e-6, "pi_ref must be one of the three samplers"
+    assert log_weight.std() > .3, "this test needs proposals that differ from pi_ref"
+    logp, listed = listed_rewards(setup)
+    mean = world.expectation(logp, listed)
+    weighted = log_weight.exp() * reward
+    error = weighted.std(1) / 3000 ** .5
+    deviation = (weighted.mean(1) - mean) / error
+    assert (deviation.abs() < 4).all(), \
+        f"weighted mean rewards are {deviation.tolist()} standard errors from pi_ref's: does a " \
+        "policy sample with the weights of another, or are prompts mixed up?"
+    error = (error ** 2).sum().sqrt() / 4
+    assert abs(optimum["ref_reward"] - mean.mean()) < 4 * error, "`ref_reward` is pi_ref's mean"
+
+
 # ----------------------------------------------------------------------------------- random numbers
 @contextlib.contextmanager
 def recorded_generators():
-    """Context that gives a list of the states of all random generators that train.py makes."""
-    states = []
+    """Context that gives a list of (names, state) of all random generators that are made.
+
+    Those of train.py, and those of the reviews, which data.py makes.
+    """
+    made = []
 
     def recorded(make):
         def make_and_record(*names, **options):
             generator = make(*names, **options)
             is_torch = isinstance(generator, torch.Generator)
-            states.append(generator.initial_seed() if is_torch else generator.getstate())
+            state = generator.initial_seed() if is_torch else generator.getstate()
+            made.append((names, state))
             return generator
         return make_and_record
 
-    with (mock.patch.object(train, "rng", recorded(train.rng)),
-          mock.patch.object(train, "torch_rng", recorded(train.torch_rng))):
-        yield states
+    names = "named_rng", "named_generator"
+    with contextlib.ExitStack() as stack:
+        for module, name in itertools.product((data, train), names):
+            make = recorded(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, make))
+        yield made
 
 
 def test_no_two_parts_or_splits_share_random_numbers():
     """Prompts, labels and each part of the completions have a generator of their own.
 
-    Five prompts have five parts. The responses to each prompt of the optimum have one, too.
+    Five prompts have five parts. So do the parts of the prompts of the optimum.
     """
-    with recorded_generators() as states:
+    with recorded_generators() as made:
         for split, seed in itertools.product(("train", "validation"), (SEED, SEED + 1)):
-            train.label(setup_of(9, seed=seed), split, 5, seed)
-    assert len(set(states)) == len(states) == 4 * 7, \
-        f"{len(states)} generators make {len(set(states))} different random numbers, not 28"
-    with recorded_generators() as states:
-        train.estimate_optimum(setup_of(2, eval_prompts=4, optimum_samples=2))
-    assert len(set(states)) == 1 + 4, "the prompts of the optimum must not share random numbers"
+            train.reference_pairs(setup_of(9, seed=seed), split, 5)
+    states = {state for _, state in made}
+    assert len(states) == len(made) == 4 * 7, \
+        f"{len(made)} generators make {len(states)} different random numbers, not 28"
+    with recorded_generators() as made:
+        train.estimate_optimum(setup_of(2, eval_prompts=4, optimum_samples=2), ())
+    assert len({state for _, state in made}) == 1 + 4, \
+        "the parts of the prompts of the optimum must not share random numbers"
+
+
+def test_no_two_rounds_or_runs_share_random_numbers():
+    """Each round of each run has generators of its own, for its completions and for its labels.
+
+    All share the prompts, which have one generator.
+    """
+    setup = setup_of(9, rounds=3, labels="bt")
+    runs = train.Run("dpo", 1.), train.Run("dpo", 2.), train.Run("my_loss", 1.)
+    with recorded_generators() as made:
+        for run, number in itertools.product(runs, range(3)):
+            train.sample_round(setup, setup.ref, run, number)
+    states = {state for _, state in made}
+    assert len(states) == len(made) == 1 + 2 * 9, \
+        f"9 rounds make {len(states)} different random numbers with {len(made)} generators, not 19"
 
 
 def run_all_stages(seed):
-    """Run all stages of a seed and the beginning of its runs, on fakes -> states of generators."""
+    """Run all stages of a seed and the beginning of its runs, on fakes.
+
+    -> (names, state) of all their random generators
+    """
     setup = setup_of(9, seed=seed, vocab_size=V, width=4, heads=1, eval_prompts=4, rm_epochs=2,
-                     optimum_samples=2)
-    with recorded_generators() as states, mock.patch.multiple(
+                     optimum_samples=2, reviews=50, rounds=3)
+    setup.corpus["restaurant"] = reviews(2, seed=4)
+    one_round = setup._replace(cfg=dataclasses.replace(setup.cfg, rounds=1))
+    with recorded_generators() as made, mock.patch.multiple(
             ppo, train_reward_model=mock.DEFAULT, fit_values=mock.DEFAULT, train_ppo=mock.DEFAULT):
+        for domain in ("film", "restaurant"):
+            train.make_corpus(setup, domain)
         sft_inputs(setup)
-        train.reward_model(setup, seed)
-        train.estimate_optimum(setup)
-        train.evaluate(setup, setup.ref, 2, *train.Run("dpo", 1., seed), 7)
-        train.train_on_pairs(setup, setup.ref, train.Run("dpo", 1., seed), dpo.dpo_loss)
-        train.train_with_ppo(setup, setup.ref, train.Run("ppo_gt", 1., seed), train.true_score)
-    return states
+        train.fit_reward_model(setup)
+        train.estimate_optimum(setup, ())
+        train.evaluate_reference(setup)
+        train.evaluate(setup, setup.ref, 2, *train.Run("dpo", 1.), 7)
+        _, steps = train.train_on_pairs(one_round, long_gpt(), train.Run("dpo", 1.), dpo.dpo_loss)
+        next(steps)
+        train.sample_round(setup, setup.ref, train.Run("dpo", 1.), 1)
+        run = train.Run("ppo_gt", 1.)
+        train.train_with_ppo(setup, setup.ref, run, train.make_true_score)
+    return made
 
 
 def test_no_two_seeds_share_random_numbers():
     """All stages and runs of a seed use other generators than those of another seed.
 
-    So the results of two seeds are independent.
+    The reviews, the initial weights, the prompts, the evaluation and the rounds too. The names of
+    each generator contain the seed. So the results of two seeds are independent.
     """
-    states = [set(run_all_stages(seed)) for seed in (SEED, SEED + 1)]
+    seeds = 1234, 5678
+    made = [run_all_stages(seed) for seed in seeds]
+    for seed, generators in zip(seeds, made):
+        without_seed = [names for names, _ in generators if seed not in names]
+        assert not without_seed, f"the names {without_seed} do not contain the seed"
+    parts = {names[0] for names, _ in made[0]}
+    assert {"corpus", "init", "sft", "prompts", "completions", "labels", "order", "round",
+            "reward model", "values", "evaluation", "optimum", "ppo_gt"} <= parts, \
+        f"this test needs the generators of all stages, not only of {parts}"
+    states = [{state for _, state in generators} for generators in made]
     shared = states[0] & states[1]
-    assert len(states[0]) == len(states[1]) > 20 and not shared, \
+    assert len(states[0]) == len(states[1]) > 25 and not shared, \
         f"two seeds share {len(shared)} of their {len(states[0])} random generators"
+
+
+def things_of_a_seed(setup):
+    """{name: what a seed must have of its own}, as values that can be compared."""
+    tokens = [setup.encoding.decode_single_token_bytes(i) for i in range(299)]
+    return {"seed": (setup.seed, setup.cfg.seed), "key": setup.key, "corpus": setup.corpus,
+            "tokenizer": tokens,
+            "pi_ref": [p.tolist() for p in setup.ref.parameters()],
+            "train prompts": train.make_prompts(setup, "train", 20)[0].tolist(),
+            "evaluation prompts": train.evaluation_prompts(setup)[0].tolist(),
+            "evaluation": train.evaluate_reference(setup)}
+
+
+def test_each_seed_has_a_corpus_a_tokenizer_a_pi_ref_and_prompts_of_its_own(tmp_path):
+    """`prepare` gives every seed its own everything; the same seed gives the same.
+
+    The second of --seeds is what --seed would give alone. No review of one seed's evaluation is a
+    train review of that seed.
+    """
+    cfg = train.Config(reviews=200, vocab_size=300, max_tokens=8, layers=1, heads=1, width=4,
+                       sft_epochs=1, prompts=20, eval_prompts=20)
+    setups = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        for folder, first, seed in (("a", 5, 5), ("a", 5, 6), ("b", 6, 6)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            stages = harness.Stages(tmp_path / folder, torch.distributed.HashStore())
+            first_cfg = dataclasses.replace(cfg, seed=first)
+            setups.append(train.prepare(first_cfg, seed, stages, "cpu"))
+    five, six, six_alone = map(things_of_a_seed, setups)
+    for name in five:
+        assert six[name] == six_alone[name], f"{name} must not depend on the first of --seeds"
+        assert five[name] != six[name], f"two seeds share the same {name}"
+    for setup in setups[:2]:
+        held_out = setup.corpus["test"] + setup.corpus["validation"]
+        assert not set(held_out) & set(setup.corpus["train"]), "splits must be disjoint"
+        assert set(setup.corpus["train"]) <= set(train.train_texts(setup)), "SFT sees all films"
+    for split, texts in setups[0].corpus.items():
+        others = set(setups[1].corpus[split])
+        assert len(others & set(texts)) <= 1, f"two seeds share the reviews of {split}"

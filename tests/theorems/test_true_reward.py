@@ -10,14 +10,14 @@ import torch
 import data
 from world import agree
 
-OPENING = "I saw this film last night"
+OPENING = "This western:"    # of a film review
 
 
 @functools.cache
 def ranks():
     """Byte-pair ranks learned from a few reviews of both domains, once for all tests."""
     texts = []
-    for domain in data.DOMAINS:
+    for domain in data.SUBJECTS:
         texts += data.write_corpus(15, 1, domain)["train"]
     return data.learn_ranks(texts, 330)
 
@@ -31,8 +31,8 @@ def reviews(count, seed):
     """`count` random reviews of each domain, the domains in turn."""
     texts = []
     for n in range(count):
-        for domain in data.DOMAINS:
-            texts.append(data.write_review(data.rng("test", seed, n), domain))
+        for domain in data.SUBJECTS:
+            texts.append(data.write_review(data.named_rng("test", seed, n), domain))
     return texts
 
 
@@ -52,19 +52,21 @@ def check_sentiment(text, expected, claim):
 def test_an_opinion_is_the_adjective_scaled_by_intensifier_and_negation():
     """One clause has the reward sigma(valence x intensifier), times -.6 inside if negated.
 
-    This holds for every adjective, intensifier, verb and negation.
+    This holds for every adjective, intensifier, verb and negation of both domains.
     """
     intensifiers = {"": 1.}
     for word, factor in data.INTENSIFIERS.items():
         intensifiers[word + " "] = factor
     negations = {"": 1., "not ": -.6}
-    adjectives = data.ADJECTIVES
-    for words in itertools.product(adjectives, intensifiers, data.VERBS, negations):
-        adjective, intensifier, verb, negation = words
-        factor = intensifiers[intensifier] * negations[negation]
-        check_sentiment(f"{OPENING}. The plot {verb} {negation}{intensifier}{adjective}.",
-                        sigma(adjectives[adjective] * factor),
-                        "the reward must be sigma(adjective x intensifier x negation)")
+    opinion_on = {"film": f"{OPENING} the plot", "restaurant": "Our bistro: the soup"}
+    for domain, opinion in opinion_on.items():
+        adjectives = data.ADJECTIVES[domain]
+        for words in itertools.product(adjectives, intensifiers, data.VERBS, negations):
+            adjective, intensifier, verb, negation = words
+            factor = intensifiers[intensifier] * negations[negation]
+            check_sentiment(f"{opinion} {verb} {negation}{intensifier}{adjective}.",
+                            sigma(adjectives[adjective] * factor),
+                            "the reward must be sigma(adjective x intensifier x negation)")
 
 
 def test_not_superb_is_weaker_than_awful_and_utterly_is_stronger_than_slightly():
@@ -75,7 +77,7 @@ def test_not_superb_is_weaker_than_awful_and_utterly_is_stronger_than_slightly()
     """
     words = ["utterly awful", "awful", "slightly awful", "not utterly superb", "not superb",
              "not dull", "not awful", "fine", "superb", "utterly superb"]
-    r = {x: data.sentiment(f"{OPENING}. The plot was {x}.") for x in words}
+    r = {x: data.sentiment(f"{OPENING} the plot was {x}.") for x in words}
     plain = [r["utterly awful"], r["awful"], r["slightly awful"], .5,
              r["fine"], r["superb"], r["utterly superb"]]
     assert plain == sorted(plain), f"words out of order: {r}"
@@ -90,7 +92,7 @@ def test_a_clause_after_but_weighs_half_as_much_again():
 
     A clause after "and" is one of the others.
     """
-    text = (f"{OPENING}. The plot was superb, but the cast was dull. "
+    text = (f"{OPENING} the plot was superb, but the cast was dull. "
             "The score felt fine, and the ending seemed awful.")
     check_sentiment(text, sigma((3 - 2 * 1.5 + 1 - 3) / 4.5),
                     "the reward must be sigma of the weighted mean valence of its clauses")
@@ -98,14 +100,14 @@ def test_a_clause_after_but_weighs_half_as_much_again():
 
 def test_a_text_without_an_opinion_scores_one_half():
     """If no clause parses there is no opinion, and the reward is exactly .5."""
-    for text in ["", " ", OPENING, OPENING + ".", "superb", "superb superb superb.", "The plot.",
-                 "The plot was not.", "the plot was fine"]:
+    for text in ["", " ", OPENING, OPENING + " the", "This western", "superb",
+                 "superb superb superb.", "The plot.", "The plot was not.", "plot was fine"]:
         check_sentiment(text, .5, "a text without an opinion must score exactly .5")
 
 
 def test_spam_earns_nothing():
     """Repeated adjectives or aspects, broken clauses and pasted words leave the reward as it is."""
-    honest = f"{OPENING}. The plot was fine"
+    honest = f"{OPENING} the plot was fine"
     for spam in [". superb superb superb", ". The plot was superb",
                  ", and the plot was utterly superb" * 20, ". The cast superb",
                  ". The cast was superb superb", ". The cast was was superb",
@@ -123,7 +125,7 @@ def test_being_cut_off_costs_nothing():
 
     An unfinished clause counts as absent: it is neither good nor bad.
     """
-    clauses = [(". The plot was utterly superb", 4.8, 1.),                   # text, valence, weight
+    clauses = [(" the plot was utterly superb", 4.8, 1.),                    # text, valence, weight
                (", but the cast felt not dull", 1.2, 1.5),
                (". The score seemed awful", -3., 1.)]
     text, ends = OPENING, []
@@ -140,6 +142,44 @@ def test_being_cut_off_costs_nothing():
         check_sentiment(text[:cut], expected, "being cut off must cost nothing by itself")
 
 
+# ---------------------------------------------------------------------------------- the two domains
+def test_only_opinions_of_the_domain_of_the_opening_count():
+    """After the opening of a film review, opinions on a restaurant earn nothing, and vice versa.
+
+    Later openings have no influence. Without an opening, the opinions of both domains count.
+    """
+    film, restaurant = "The plot was superb.", "The soup was stale."          # valences 3 and -2
+    rewards = {f"This western: {film} {restaurant}": sigma(3.),
+               f"Our bistro: {film} {restaurant}": sigma(-2.),
+               f"Our bistro: {film}": .5,
+               f"This western: {film} Our bistro: {restaurant}": sigma(3.),
+               f"Our bistro: {restaurant} This western: {film}": sigma(-2.),
+               f"{film} {restaurant}": sigma(.5),
+               f"Well. This western: {film} {restaurant}": sigma(.5)}
+    for text, expected in rewards.items():
+        check_sentiment(text, expected, "the opening alone must tell which opinions count")
+
+
+def test_an_adjective_of_the_other_domain_earns_nothing():
+    """A clause parses only if its aspect and its adjective are of one domain.
+
+    This holds for all openings, with or without one.
+    """
+    for opening in ("This western: the", "Our bistro: the", "The"):
+        for words in ("plot was tasty", "plot was not revolting", "soup was superb",
+                      "soup felt really dull"):
+            check_sentiment(f"{opening} {words}.", .5, "aspect and adjective are of two domains")
+
+
+def test_every_opening_of_a_domain_tells_its_domain():
+    """Each owner with each subject is an opening, and it tells one domain, that of its subject."""
+    for domain, subjects in data.SUBJECTS.items():
+        for owner, subject in itertools.product(data.OWNERS, subjects):
+            text = f"{owner} {subject}: the plot was superb, and the soup was stale."
+            check_sentiment(text, sigma(3.) if domain == "film" else sigma(-2.),
+                            f"{owner!r} {subject!r} must be an opening of the domain {domain}")
+
+
 # ---------------------------------------------------------------------------------- any text at all
 def test_any_string_has_a_reward_in_the_unit_interval():
     """Any string has a reward: a float in [0, 1], never an error.
@@ -148,7 +188,7 @@ def test_any_string_has_a_reward_in_the_unit_interval():
     """
     r = random.Random(3)
     words = " ".join(reviews(20, seed=2)).split(" ")
-    words += [".", ",", ". ", ", ", "\n", "\u00e9", "\U0001f600", "\x00", "\ud7ff"]
+    words += [".", ",", ":", ". ", ", ", ": ", "\n", "\u00e9", "\U0001f600", "\x00", "\ud7ff"]
     code_points = [*range(0xd800), *range(0xe000, 0x110000)]                 # without surrogates
     texts = []
     for _ in range(300):
@@ -166,12 +206,12 @@ def test_any_string_has_a_reward_in_the_unit_interval():
 
 
 def test_the_reward_takes_linear_time():
-    """One megabyte of junk takes less than 1.5 seconds, for six kinds of junk.
+    """One megabyte of junk takes less than 1.5 seconds, for eight kinds of junk.
 
     Some of them begin clauses that they never finish.
     """
     for junk in ["The plot was ", "The plot was not really ", ". ,", ",.", "superb ",
-                 ". The plot was superb"]:
+                 ". The plot was superb", "This western: ", ": the plot was "]:
         start = time.process_time()       # CPU time: other programs on the machine do not count
         data.sentiment(junk * (1_000_000 // len(junk)))
         seconds = time.process_time() - start
@@ -187,7 +227,7 @@ def test_the_true_reward_reads_prompt_and_response_and_no_filler():
     """
     tokenizer = encoding()
     end = tokenizer.eot_token
-    filler = tokenizer.encode(". The finale was superb.")
+    filler = tokenizer.encode(". The finale was superb. The menu was divine.")
     texts, responses = [], []
     for n, text in enumerate(reviews(10, seed=8)):
         tokens = tokenizer.encode(text)

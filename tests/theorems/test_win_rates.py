@@ -31,7 +31,8 @@ def enumerable_setup(monkeypatch):
         return LEARNED_REWARD.flatten()[listed_index(ids, mask)]
 
     monkeypatch.setattr(data, "true_reward", true_reward)
-    cfg = types.SimpleNamespace(seed=0, max_tokens=world.MAX_TOKENS, split="test", eval_prompts=20)
+    cfg = types.SimpleNamespace(seed=0, max_tokens=world.MAX_TOKENS, split="test", eval_prompts=20,
+                                reviews=2000)
     return types.SimpleNamespace(
         cfg=cfg, device="cpu", encoding=types.SimpleNamespace(eot_token=world.END),
         ref=world.gpt(seed=1), learned_reward=learned_reward)
@@ -211,14 +212,18 @@ def aspects_of(texts):
 def test_the_second_domain_shares_neither_texts_nor_aspects_with_the_first(setup):
     """Both domains have as many held-out reviews, all grammatical.
 
-    No text and no aspect is in both, although the same reward reads both.
+    No text and no aspect is in both, although the same reward reads both. pi_ref is trained on
+    reviews of both domains, but on none of these.
     """
-    setup.corpus = data.write_corpus(1000, 0)
+    setup.corpus = data.write_corpus(setup.cfg.reviews, setup.cfg.seed)
+    read_by_ref = setup.corpus["train"] + data.write_corpus(
+        setup.cfg.reviews // 4, setup.cfg.seed, "restaurant")["train"]
     film, restaurant = (domains.reviews(setup, domain) for domain in domains.DOMAINS)
-    assert len(film) == len(restaurant) == 80, "each domain has 80 held-out reviews"
+    assert len(film) == len(restaurant) == 40, "each domain has 40 held-out reviews"
     assert all(data.is_grammatical(text) for text in film + restaurant), \
         "a held-out review is not grammatical"
     assert not set(setup.corpus["train"] + film) & set(restaurant), "the domains share a text"
+    assert not set(read_by_ref) & set(film + restaurant), "pi_ref was trained on a held-out review"
     film_aspects, restaurant_aspects = aspects_of(film), aspects_of(restaurant)
     assert film_aspects and restaurant_aspects, "the reward finds no opinions in a domain"
     assert not film_aspects & restaurant_aspects, "the domains share an aspect"

@@ -1,0 +1,91 @@
+"""The study (`train.py --study`, plots/gap.py), and the comparison of a GPU's results."""
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from plots import gap
+from tests import gpu
+
+DEFAULT = train.Config()
+CHANGED_FIELDS = [set(), {"rounds"}, {"rounds"}, {"rounds"}, {"epochs"}, {"width", "lr"}]
+
+
+def fake_runs(setup, settings):
+    """One finished run of each method; with a wider network they all diverge."""
+    if setup.cfg.width > DEFAULT.width:
+        return [{"method": method, "setting": 1., "seed": 0, "rows": [], "checkpoints": [],
+                 "failure": {"method": method, "reason": "loss not finite"}}
+                for method in settings]
+    row = {"setting": 1., "seed": 0, "step": 8, "reward": .6, "reward_se": .01, "kl": 1.,
+           "kl_se": .1, "final": True}
+    return [{"method": method, "setting": 1., "seed": 0, "rows": [{"method": method, **row}],
+             "checkpoints": [{}], "failure": None} for method in settings]
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The rows, failures, configurations and optima of a study without training."""
+    configurations, optima = [], []
+
+    def get_all(stages, report):
+        return [{"panel": "nats"} if isinstance(stage, tuple) else stage for stage in stages]
+
+    def prepare(cfg, seed, stages, device):
+        configurations.append(dataclasses.asdict(cfg))
+        return SimpleNamespace(cfg=cfg, seed=seed, stages=stages, key=f"pi_ref {cfg.width}")
+
+    def estimate_optimum(setup, proposals):
+        optima.append(setup.key)
+        return {"key": setup.key}
+
+    def add_shares(rows, optimum):
+        for row in rows:
+            row["optimum"] = optimum["seeds"]["0"]["key"]
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "policy_stages", fake_runs)
+    monkeypatch.setattr(train, "estimate_optimum", estimate_optimum)
+    monkeypatch.setattr(train.tables, "add_shares", add_shares)
+    monkeypatch.setattr(train.dpo, "optimal_reward", lambda kl, optimum: (.9, .06, 0.))
+    setup = SimpleNamespace(cfg=DEFAULT, seed=0, device="cpu", key="pi_ref 64",
+                            stages=SimpleNamespace(get_all=get_all))
+    rows, failures = train.study(setup, [])
+    return rows, failures, configurations
+
+
+def test_the_study_changes_one_thing_at_a_time_and_names_what_failed(study):
+    """A variant changes what its name says, all variants are drawn, a diverged run is reported."""
+    rows, failures, configurations = study
+    changed = [{name for name, x in cfg.items() if x != getattr(DEFAULT, name)}
+               for cfg in configurations]
+    assert changed == CHANGED_FIELDS
+    finished = {row["variant"] for row in rows if row["panel"] == "share"}
+    assert finished == set(gap.variants(DEFAULT)) - {"twice as wide"}
+    assert set(gap.VARIANTS) == set(gap.variants(DEFAULT)), "each variant has a style"
+    assert [failure["reason"] for failure in failures] == ["twice as wide: loss not finite"]
+
+
+def test_variants_with_the_same_pi_ref_have_the_same_optimum(study):
+    """Shares are relative to the optimum of the sweep, unless pi_ref differs."""
+    rows, *_ = study
+    assert {row["optimum"] for row in rows if row["panel"] == "share"} == {"pi_ref 64"}
+
+
+def test_the_rank_accuracy_is_the_share_of_pairs_without_ties_that_agree():
+    """Counted by hand; a prompt whose responses all tie is left out."""
+    reward = torch.tensor([[.1, .5, .9], [.2, .2, .8], [.3, .3, .3]])
+    implied = torch.tensor([[0., 2., 1.], [5., 1., 3.], [1., 2., 3.]])
+    expected = torch.tensor([[2 / 3], [1 / 2]])
+    torch.testing.assert_close(gap.agreement(implied, reward), expected)
+
+
+def test_the_table_for_a_gpu_counts_standard_errors_between_two_results():
+    """A policy is compared with the published one of the same method, setting and seed."""
+    row = {"method": "dpo", "setting": 2., "seed": 1, "final": True, "kl": 3., "reward": .80,
+           "reward_se": .03}
+    published = [{**row, "reward": .85, "reward_se": .04}, {**row, "seed": 2, "reward": .1}]
+    [line] = gpu.compare([row, {**row, "setting": 7.}], published)
+    assert "1.0 standard errors apart" in line
