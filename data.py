@@ -288,7 +288,7 @@ class Preferences(NamedTuple):
     """
     ids: Tensor       # (C, T) prompt, response, filler
     mask: Tensor      # (C, T) response tokens
-    ref_logp: Tensor  # (C,) log pi_ref(y|x), nats, computed once for all runs
+    ref_logp: Tensor  # (C,) log pi_ref(y|x), nats, fixed during training
     winner: Tensor    # (M,) rows of y_w
     loser: Tensor     # (M,) rows of y_l
     k: int            # K, completions of a prompt

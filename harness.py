@@ -206,8 +206,8 @@ def parse_module(file: pathlib.Path) -> tuple[dict[str, ast.stmt], dict[str, tup
 def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tuple]]:
     """The code of a top-level definition, without its comments, and the places that it names.
 
-    A place is (file, name). Of an import, the code is empty and the place is where it leads. The
-    types of a class's fields are left out: Setup names Stages, which determines no value.
+    A place is (file, name). For an imported name the code is empty, and the one place is its
+    definition. Types (of fields, arguments, results) are left out: they determine no value.
     """
     definitions, imports = parse_module(file)
     if name in imports:
@@ -215,7 +215,8 @@ def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tup
     if name not in definitions:
         return "", []
     nodes = list(ast.walk(definitions[name]))
-    types = [node.annotation for node in nodes if isinstance(node, ast.AnnAssign)]
+    types = [getattr(node, field) for node in nodes for field in ("annotation", "returns")
+             if getattr(node, field, None)]
     ignored = {part for annotation in types for part in ast.walk(annotation)}
     places = []
     for node in nodes:
@@ -247,6 +248,7 @@ def reachable_code(function: Callable) -> dict[str, str]:
 
 
 def digest(text: str) -> str:
+    """A short hash of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
@@ -379,9 +381,10 @@ class Stages:
         return stored["value"]
 
     def get_all(self, stages: list[tuple], report: bool = False) -> list:
-        """The values of independent stages (function, setup, *arguments), in order.
+        """The values of stages (function, setup, *arguments), in order.
 
-        The workers compute them in parallel, each the next one that nobody has claimed.
+        The workers compute them in parallel, each the next one that nobody has claimed. A stage may
+        need earlier ones of the list, but no later ones: the workers would wait for each other.
         """
         start = time.time()
         paths = [self.path(setup, function, arguments) for function, setup, *arguments in stages]

@@ -88,15 +88,16 @@ class Config:
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
-    eval_samples: int = option(16, "responses to each, for a finished policy", 1, 10**4)
+    eval_samples: int = option(16, "responses to each prompt, for a finished policy (on the way "
+                               "a quarter)", 1, 10**4)
     evaluations: int = option(8, "evaluations of a run, the last of its finished policy", 1, 1000)
-    optimum_samples: int = option(256, "responses of each policy of the mixture to each, for the "
-                                  "optimum", 16, 10**6)
+    optimum_samples: int = option(256, "responses of each policy of the mixture to each prompt, "
+                                  "for the optimum", 16, 10**6)
 
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(1., 2., 4., 8.), alphas=(.05, .1, .5, 1.),
+    "paper": dict(prompts=25_000, betas=(1., 2., 3., 8.), alphas=(.05, .1, .5, 1.),
                   kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
                   optimum_samples=512),
     "tiny": dict(reviews=1_500, vocab_size=512, layers=1, heads=1, width=32, sft_epochs=3,
@@ -107,7 +108,7 @@ PRESETS = {
 
 
 def check_config(cfg: Config) -> None:
-    """Raise UserError for sizes that do not fit together, or not into this machine."""
+    """Raise UserError for sizes that do not fit together, or need too much memory."""
     parameters = 12 * cfg.layers * cfg.width**2 + cfg.vocab_size * cfg.width
     tokens = cfg.prompts * cfg.completions * cfg.max_tokens
     needed = 20 * parameters + 9 * tokens    # bytes: weights, gradients, Adam, pi_ref; ids, mask
@@ -134,16 +135,16 @@ def check_config(cfg: Config) -> None:
 # ---------------------------------------------------------------------------------- SFT (App. C.1)
 class Setup(NamedTuple):
     """What all runs of one seed share."""
-    cfg: Config                       # cfg.seed is the seed of this setup
-    seed: int
+    cfg: Config                       # in a stage only the fields that its code reads as cfg.NAME
+    seed: int                         # = cfg.seed
     stages: Stages
     device: str
-    key: str                          # the file of pi_ref: in the hash of a stage it stands for
-    encoding: tiktoken.Encoding       # encoding, corpus and ref
+    key: str                          # the file of pi_ref; in a hash it stands for the next three
+    encoding: tiktoken.Encoding
     corpus: dict[str, list[str]]      # split -> film reviews
     ref: GPT                          # pi_ref
     user_pairs: harness.UserPairs | None = None
-    train_prompts: tuple[Tensor, Tensor] | None = None          # this and the rest for figures
+    train_prompts: tuple[Tensor, Tensor] | None = None          # these three only in figures
     eval_prompts: tuple[Tensor, Tensor] | None = None
     learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -163,7 +164,7 @@ def train_texts(setup: Setup, films: int | None = None, restaurants: int | None 
 
 @cached
 def learn_tokenizer(setup: Setup) -> dict[bytes, int]:
-    """Byte-pair ranks, from as many train reviews as contain nearly all words."""
+    """Byte-pair ranks, from enough train reviews to contain nearly every word."""
     try:
         return data.learn_ranks(train_texts(setup, 150, 30), setup.cfg.vocab_size)
     except ValueError:
@@ -292,7 +293,7 @@ def label(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
                        loser, cfg.completions)
 
 
-NO_PAIRS = ("all completions of a prompt have the same reward, so that there is no pair to learn "
+NO_PAIRS = ("in every prompt all completions have the same reward, so there is no pair to learn "
             "from: train pi_ref longer (--sft-epochs), or use more --prompts")
 
 
@@ -319,21 +320,24 @@ class Run(NamedTuple):
 
 
 def pair_step(policy: GPT, optimizer: torch.optim.Optimizer, batch: Preferences,
-              loss_function: Callable, beta: float) -> dict[str, float]:
-    """One step of DPO, or of another loss on pairs, on a batch of prompts (App. B)."""
+              loss_function: Callable, setting: float) -> dict[str, float]:
+    """One step of DPO, or of another loss on pairs, on a batch of prompts (App. B).
+
+    `setting` is the second argument of the loss: beta, or alpha for Unlikelihood.
+    """
     device = policy.token.weight.device
     ids, mask, ref_logp = (x.to(device) for x in (batch.ids, batch.mask, batch.ref_logp))
     winner, loser = batch.winner.to(device), batch.loser.to(device)
-    logp = response_token_logp(policy, ids, mask).sum(1)          # 4 completions of each prompt
-    pair = dpo.make_pairs(logp, ref_logp, mask.sum(1), winner, loser)    # 6 pairs of them
-    loss = loss_function(pair, beta).mean()
+    logp = response_token_logp(policy, ids, mask).sum(1)             # K completions of each prompt
+    pair = dpo.make_pairs(logp, ref_logp, mask.sum(1), winner, loser)    # K (K - 1) / 2 pairs
+    loss = loss_function(pair, setting).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()    # nats
     statistics = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin,
                   "accuracy": (margin > 0).float(),
-                  "weight": torch.sigmoid(-beta * margin),        # DPO's, sigma(rhat_l - rhat_w)
+                  "weight": torch.sigmoid(-setting * margin),     # DPO's, sigma(rhat_l - rhat_w)
                   "trained_tokens": mask.sum().float()}
     means = torch.stack([x.mean() for x in statistics.values()])
     return dict(zip(statistics, means.tolist()))    # one transfer from the device
@@ -379,7 +383,11 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
 # ------------------------------------------------------------------------------- RLHF (Section 3)
 @cached
 def fit_reward_model(setup: Setup) -> dict:
-    """The reward model and the scale of its rewards: see `ppo.train_reward_model`."""
+    """The reward model and the scale of its rewards: see `ppo.train_reward_model`.
+
+    The held-out pairs, which select the epoch, have the labels of the true reward, also with
+    --pairs.
+    """
     cfg, pairs = setup.cfg, training_pairs(setup)
     held_out_prompts = min(math.ceil(cfg.prompts / 8), len(setup.corpus["validation"]))
     held_out = reference_pairs(setup, "validation", held_out_prompts)
@@ -418,7 +426,7 @@ def fit_initial_values(setup: Setup, method: str, make_score: Callable) -> dict[
     """The values that PPO starts from, the same for all targets: see `ppo.fit_values`."""
     cfg, completions = setup.cfg, reference_completions(setup, "train", setup.cfg.prompts)
     return ppo.fit_values(setup.ref, completions["ids"], completions["mask"],
-                          make_score(setup), 4 * cfg.batch_prompts, cfg.rm_lr,
+                          make_score(setup), cfg.completions * cfg.batch_prompts, cfg.rm_lr,
                           named_generator("values", cfg.seed))
 
 
@@ -435,7 +443,9 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
 
 
 # A method of your own needs an entry here, settings in `train_sweep`, and a style in
-# plots/__init__.py; plots/cost.py and plots/winrate.py list the methods that they show.
+# plots/__init__.py; plots/cost.py and plots/winrate.py list the methods that they show. Its first
+# function returns the number of steps and an iterator that yields a dict of numbers at each step.
+# It reads settings as `cfg.NAME`: harness.py finds them in the code by this spelling.
 METHODS = {    # method -> how it is trained, and its loss, or the function that makes its score
     "ppo_gt": (train_with_ppo, make_true_score),
     "ppo": (train_with_ppo, make_learned_score),
@@ -516,7 +526,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterato
         print_row(row, steps)
         setup.stages.watch(row)
 
-    recent, seconds, start = [], 0., time.perf_counter()
+    recent, seconds, start = [], 0., time.perf_counter()    # `recent`: steps since the last row
     interval = math.ceil(steps / setup.cfg.evaluations)
     for step, statistics in enumerate(progress, 1):
         seconds += time.perf_counter() - start
@@ -590,7 +600,7 @@ def load_baselines(setup: Setup) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------ the optimum
-def proposals(setup: Setup, runs: list[dict]) -> tuple[Run, ...]:
+def choose_proposals(setup: Setup, runs: list[dict]) -> tuple[Run, ...]:
     """The policies that sample for the optimum besides pi_ref: PPO-GT, and DPO's two farthest."""
     finished = [Run(run["method"], run["setting"]) for run in runs
                 if run["seed"] == setup.seed and not run["failure"]]
@@ -647,7 +657,10 @@ def measure_gap(setup: Setup, variant: str, run: Run, step: int) -> dict:
 
 @cached
 def measure_optimum(setup: Setup, beta: float, proposals: tuple[Run, ...]) -> dict:
-    """The row of plots/gap.py of the optimum at a price beta, on the first 64 prompts."""
+    """The row of plots/gap.py of the optimum at a price beta.
+
+    It is measured on the first 64 prompts, because rollouts from every prefix are slow.
+    """
     setup = setup._replace(eval_prompts=tuple(p[:64] for p in evaluation_prompts(setup)))
     row = nats.optimum_nats(setup, proposal_policies(setup, proposals), beta)
     return {"figure": "gap", "panel": "nats", "variant": "", "method": "optimum", "setting": beta,
@@ -657,25 +670,26 @@ def measure_optimum(setup: Setup, beta: float, proposals: tuple[Run, ...]) -> di
 def study(setup: Setup, runs: list[dict]) -> tuple[list[dict], list[dict]]:
     """The rows of plots/gap.py, DPO with one thing changed at a time; and its failed runs."""
     rows, failures, measurements = [], [], []
-    best = proposals(setup, runs)
-    optimum = estimate_optimum(setup, best)
+    chosen = choose_proposals(setup, runs)
+    optimum = estimate_optimum(setup, chosen)
     for variant, (fields, settings) in gap.variants(setup.cfg).items():
         cfg = dataclasses.replace(setup.cfg, **fields)
+        check_config(cfg)
         changed = prepare(cfg, setup.seed, setup.stages, setup.device)
         runs = setup.stages.get_all(policy_stages(changed, settings), report=True)
         finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
                     for run in runs for row in run["rows"] if row["final"]]
         curve = optimum    # a wider network is another pi_ref, and has another optimum
         if changed.key != setup.key:
-            curve = estimate_optimum(changed, proposals(changed, runs))
+            curve = estimate_optimum(changed, choose_proposals(changed, runs))
         tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
         rows += finished
         failures += [{**run["failure"], "reason": f"{variant}: {run['failure']['reason']}"}
                      for run in runs if run["failure"]]
         measurements += [(measure_gap, changed, variant, Run(policy["method"], policy["setting"]),
                           policy["step"]) for policy in gap.policies_to_measure(runs)]
-    _, beta, _ = dpo.optimal_reward(gap.KL, optimum)
-    measurements.append((measure_optimum, setup, beta, best))
+    _, beta, _ = dpo.optimal_reward(gap.KL, optimum)    # the slope of the frontier is its beta
+    measurements.append((measure_optimum, setup, beta, chosen))
     return rows + setup.stages.get_all(measurements, report=True), failures
 
 
@@ -697,7 +711,7 @@ def measure_figure(setup: Setup, name: str, measure: Callable, runs: tuple[Run, 
 
 
 def measure_figures(setup: Setup, runs: list[dict]) -> list[dict]:
-    """The rows of all figures that need policies, from the runs of one seed."""
+    """The rows of all figures that need policies, from the runs of the seed of `setup`."""
     runs = tuple(Run(run["method"], run["setting"]) for run in runs if run["seed"] == setup.seed)
     stages = [(measure_figure, setup, name, figure.measure, runs)
               for name, figure in figures.FROM_POLICIES.items()]
@@ -705,7 +719,7 @@ def measure_figures(setup: Setup, runs: list[dict]) -> list[dict]:
 
 
 def export_preferences(setup: Setup, overwrite: bool) -> None:
-    """Write the preferences of a seed as text, and print a summary of them."""
+    """Write the preferences of pi_ref's completions as text, and print a summary of them."""
     path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
     if path.exists() and not overwrite:
         return
@@ -762,8 +776,8 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
     runs = train_losses(setups, losses) if losses else train_sweep(setups)
     if losses:    # the optimum is that of the baselines, which are trained on pi_ref's pairs
         setups = [setup._replace(user_pairs=None) for setup in setups]
-    optimum = frontier.mean_optimum({setup.seed: estimate_optimum(setup, proposals(setup, runs))
-                                     for setup in setups})
+    optimum = frontier.mean_optimum({
+        setup.seed: estimate_optimum(setup, choose_proposals(setup, runs)) for setup in setups})
     measured = [] if losses else measure_figures(setups[0], runs)
     failures = [run["failure"] for run in runs if run["failure"]]
     if args.study:

@@ -25,7 +25,7 @@ STYLE = {    # method -> label, colour, marker; the palette of Okabe and Ito, sa
     "best_of_n_gt": ("Best-of-N (true reward)", "#882255", "h"),
 }
 USER_STYLE = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", "p"),
-                 ("#B22222", "<"), ("#2F4F4F", "8"), ("#66A61E", "d")]    # colour, marker
+              ("#B22222", "<"), ("#2F4F4F", "8"), ("#66A61E", "d")]    # colour, marker
 
 
 def style(methods) -> dict[str, tuple[str, str, str]]:
@@ -56,17 +56,19 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def policy_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
-    """The policy of a method, finished or on the way, whose KL is nearest to `kl` nats, if any.
+    """The policy of a method whose KL is nearest to `kl` nats, if any.
 
-    Figures compare the methods at equal KL. -> method, setting, step, kl, and `state`, the
-    parameters for `load_policy`.
+    Figures compare the methods at equal KL. A finished policy within a tenth of `kl` is preferred;
+    if there is none, a policy on the way may be nearer. -> method, setting, step, kl, and `state`,
+    the parameters for `load_policy`.
     """
     candidates = []
     for run in runs:
         if run["method"] == method:
             candidates += [{**row, "state": state}
                            for row, state in zip(run["rows"], run["checkpoints"])]
-    nearest = min(candidates, key=lambda row: abs(row["kl"] - kl), default=None)
+    finished = [row for row in candidates if row["final"] and abs(row["kl"] - kl) <= kl / 10]
+    nearest = min(finished or candidates, key=lambda row: abs(row["kl"] - kl), default=None)
     names = "method", "setting", "step", "kl", "state"
     return nearest and {name: nearest[name] for name in names}
 

@@ -6,6 +6,8 @@ first evaluation that is good enough and is followed by another good one.
 """
 import re
 
+from matplotlib.legend_handler import HandlerTuple
+
 import dpo
 from plots import STYLE, plt, save
 from plots.tables import optimum_of
@@ -145,11 +147,11 @@ def draw(rows: list[dict], path) -> None:
     for y, method in enumerate(methods):
         draw_method(axis, y, [row for row in rows if row["method"] == method])
     axis.set_yticks(range(len(methods)), [STYLE[method][0] for method in methods], fontsize=11)
-    for component, shade in SHADES.items():
-        axis.barh(0, 0, color=shade, label=component)
-    axis.barh(0, 0, color="0.15", label="training of the policy (in its colour)")
-    axis.set(xlim=(0, max(axis.get_xlim()[1] * 2, 1)), ylim=(-.6, len(methods) - .4))
+    shades = [axis.barh(0, 0, color=shade) for shade in SHADES.values()]
+    policies = tuple(axis.barh(0, 0, color=STYLE[method][1]) for method in PIPELINES)
+    axis.set(xlim=(0, max(axis.get_xlim()[1] * 2.1, 1)), ylim=(-.6, len(methods) - .4))
     axis.set_xlabel(f"seconds of one thread to {SHARE:.0%} of the optimal gain at KL {KL:g}",
                     fontsize=12)
-    axis.legend(fontsize=10, loc="lower right")
+    axis.legend([*shades, policies], [*SHADES, "training of the policy"], fontsize=10,
+                loc="lower right", handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})
     save(figure, path)

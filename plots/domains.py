@@ -109,5 +109,5 @@ def draw(rows: list[dict], path) -> None:
     right.set_title("share of the optimal gain", fontsize=14)
     for domain, label in DOMAINS.items():
         left.bar([0], [0], **bar_style(domain, "0.4"), label=label)
-    left.legend(fontsize=12, loc="upper center", ncols=2)
+    left.legend(fontsize=11, loc="upper center", ncols=2, columnspacing=1.)
     save(figure, path)

@@ -4,6 +4,8 @@ results.jsonl    one row for each evaluation of a policy
 measured.jsonl   rows that single figures measured; the column `figure` names the figure
 optimum.json     the optimal frontier
 failures.jsonl   runs that failed, with the reason
+
+A new figure is a module in plots/ with `measure` and `draw`, and a line in FROM_POLICIES.
 """
 import pathlib
 
@@ -11,12 +13,12 @@ import harness
 from plots import (best_of_n, cost, degeneration, domains, frontier, gap, inside, judges,
                    overoptimisation, prompts, samples, tables, winrate)
 
-PROGRESS = []    # rows of the policies that this process has trained with a watch
+PROGRESS = []    # rows of users' losses that this process trains
 FROM_RESULTS = {    # from results.jsonl and optimum.json: draw(rows, optimum, path)
     "frontier": frontier,
     "inside": inside,
 }
-FROM_POLICIES = {    # measure(setup, runs) -> rows of measured.jsonl; draw(rows, path)
+FROM_POLICIES = {    # measure(setup, runs) -> rows, each with "figure": this name; draw(rows, path)
     "winrate": winrate,    # the slowest first
     "best_of_n": best_of_n,
     "overoptimisation": overoptimisation,
@@ -26,7 +28,7 @@ FROM_POLICIES = {    # measure(setup, runs) -> rows of measured.jsonl; draw(rows
     "degeneration": degeneration,
     "samples": samples,
 }
-FROM_ROWS = {    # from rows of measured.jsonl that need no policies: draw(rows, path)
+FROM_ROWS = {    # from rows that cost.py and train.study make: draw(rows, path)
     "cost": cost,
     "gap": gap,
 }
@@ -44,7 +46,7 @@ def write_results(folder: pathlib.Path, rows: list[dict], failures: list[dict], 
 def earlier_rows(folder: pathlib.Path, optimum: dict, measured: list[dict]) -> list[dict]:
     """Rows of measured.jsonl, of figures that `measured` lacks, from an earlier command.
 
-    There are none if that command had another optimum, and so another pi_ref.
+    There are none if that command had another optimum: its shares would not fit.
     """
     if harness.read_jsonl(folder / "optimum.json") != [optimum]:
         return []
@@ -56,7 +58,8 @@ def earlier_rows(folder: pathlib.Path, optimum: dict, measured: list[dict]) -> l
 def draw_progress(folder: pathlib.Path, row: dict) -> None:
     """Draw a row of results, of a policy that is being trained, into the frontier of the folder.
 
-    Prints its share of the optimal gain. Without results of the baselines it does nothing.
+    Prints its share of the optimal gain. Without results of the baselines it does nothing. Each
+    worker draws only the policies that it trains itself; the figure at the end has all.
     """
     optimum = harness.read_jsonl(folder / "optimum.json")
     if not optimum or str(row["seed"]) not in optimum[0].get("seeds", {}):
@@ -67,8 +70,9 @@ def draw_progress(folder: pathlib.Path, row: dict) -> None:
         print("    share of the optimal gain {share:.0%} +- {share_se:.0%}".format(**row),
               flush=True)
     PROGRESS.append(row)
+    trained = {other["method"] for other in PROGRESS}
     rows = [other for other in harness.read_jsonl(folder / "results.jsonl")
-            if other["method"] != row["method"]]
+            if other["method"] not in trained]
     frontier.draw(rows + PROGRESS, optimum[0], folder / "frontier.png")
 
 

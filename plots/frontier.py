@@ -20,8 +20,11 @@ def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], s
     """Samples of M policies, pi_ref among them, from which the optimum can be estimated.
 
     Each policy samples n = `samples` responses to each of X prompts. -> ids and mask
-    (X, M * n, T), true rewards and log weights (`dpo.balance_heuristic`) (X, M * n). Policies that
-    are nearer to the optimum than pi_ref give more effective samples.
+    (X, M * n, T), true rewards and log weights (`dpo.balance_heuristic`) (X, M * n).
+
+    The weight is pi_ref(y|x) / (mean of the policies' pi_m(y|x)). So the mean of weight * f(y) is
+    an unbiased estimate of E_{y~pi_ref}[f(y)], also of Z, where f = exp(r / beta), whatever the
+    policies are. Policies that are nearer to the optimum than pi_ref give more effective samples.
     """
     max_tokens, end = setup.cfg.max_tokens, setup.encoding.eot_token
     generated = [generate(policy, prompts, samples, max_tokens, end, generator)
@@ -48,7 +51,10 @@ def estimate(reward: Tensor, log_weight: Tensor) -> dict:
 
 
 def mean_optimum(optima: dict[int, dict]) -> dict:
-    """The mean over seeds of optimal frontiers, at common betas; `seeds` holds each of them."""
+    """The mean over seeds of optimal frontiers, at common betas; `seeds` holds each of them.
+
+    The seeds are independent, so the squares of their errors add up.
+    """
     mean = {}
     for name in ("beta", "kl", "reward", "ess"):
         columns = zip(*(optimum[name] for optimum in optima.values()))
@@ -78,7 +84,7 @@ def draw_optimum(axis, optimum: dict) -> None:
 def mean_over_seeds(rows: list[dict]) -> list[dict]:
     """One row for each method and setting, with means over seeds, in order of KL.
 
-    Standard errors are over seeds; if there is one seed, they are its own, over prompts.
+    Standard errors are over seeds, which share nothing; of one seed they are its own, over prompts.
     """
     groups = {}
     for row in rows:

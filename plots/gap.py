@@ -33,11 +33,11 @@ SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ra
 def variants(cfg) -> dict[str, tuple[dict, dict]]:
     """name -> (fields of the configuration to change, methods with the settings to train)."""
     dpo = {"dpo": cfg.betas[:3]}
-    found = {PAPER: ({}, {**dpo, "ppo_gt": cfg.kl_targets})}
+    found = {PAPER: (dict(rounds=1), {**dpo, "ppo_gt": cfg.kl_targets})}
     for rounds in (4, 16, 64):
         found[f"{rounds} rounds"] = dict(rounds=rounds), dpo
-    found["three epochs"] = dict(epochs=3 * cfg.epochs), dpo
-    found["twice as wide"] = dict(width=2 * cfg.width, lr=cfg.lr / 2), dpo
+    found["three epochs"] = dict(rounds=1, epochs=3 * cfg.epochs), dpo
+    found["twice as wide"] = dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), dpo
     return found
 
 

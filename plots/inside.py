@@ -75,5 +75,8 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
         axis.tick_params(labelbottom=True)
     share_scale(panels["logp_w"], panels["logp_l"])          # shows which one falls faster
     axes[1, 2].axis("off")
-    axes[1, 2].legend(*panels["logp_w"].get_legend_handles_labels(), fontsize=12, loc="center")
+    seeds = len({row["seed"] for row in rows})
+    title = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    axes[1, 2].legend(*panels["logp_w"].get_legend_handles_labels(), fontsize=12, loc="center",
+                      title=f"{title},\nwith its standard error", title_fontsize=12)
     save(figure, path)

@@ -104,7 +104,7 @@ def sample_optimal_policy(setup, policies: list[GPT], beta: float,
                                                    generator)
     probability = torch.softmax(log_weight + reward / beta, 1)                       # (X, M * POOL)
     picked = torch.multinomial(probability, 2, replacement=True,
-                               generator=torch.Generator().manual_seed(0))
+                               generator=data.named_generator("picked", setup.cfg.seed))
     rows = torch.arange(len(ids))[:, None]
     return ids[rows, picked].flatten(0, 1), mask[rows, picked].flatten(0, 1)
 

@@ -7,6 +7,7 @@ Z(x): it cancels in Eq. 6, because both responses of a pair have the same prompt
 Right: the share of the optimal gain on prompts that are word for word among the training prompts,
 and on prompts that no training saw. The paper has no such comparison.
 """
+import math
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 import data
 import dpo
 from model import generate, map_batches, response_kl
-from plots import STYLE, label_with_kl, load_policy, mean_and_se, plt, save
+from plots import STYLE, load_policy, mean_and_se, plt, save
 from plots.frontier import estimate, sample_mixture
 from plots.winrate import policies_to_compare
 
@@ -43,7 +44,7 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     generator = data.named_generator("seen prompts", setup.cfg.seed, device=setup.device)
     *_, reward, log_weight = sample_mixture(setup, models, prompts, MIXTURE_SAMPLES, generator)
     _, beta, _ = dpo.optimal_reward(KL, estimate(reward, log_weight))
-    log_z = dpo.log_partition(log_weight - torch.tensor(reward.shape[1]).log(), reward, beta)
+    log_z = dpo.log_partition(log_weight - math.log(reward.shape[1]), reward, beta)
     rows = [{"figure": "prompts", "panel": "log Z", "beta": beta, "length": int(n), "log_z": z,
              "seen": bool(s)} for n, z, s in zip(lengths, log_z.tolist(), seen)]
     optima = {"seen": estimate(reward[seen], log_weight[seen]),
@@ -106,8 +107,11 @@ def draw_shares(axis, rows: list[dict]) -> None:
         is_seen = group == "seen"
         axis.bar([0], [0], color="0.4" if is_seen else "white", edgecolor="0.4",
                  hatch="" if is_seen else "///", label=f"{count} {label}")
-    labels = [label_with_kl(row) for row in rows if row["group"] == "unseen"]
-    axis.set_xticks(range(len(methods)), [label.replace(", ", ",\n") for label in labels])
+    labels = []
+    for method in methods:
+        seen, unseen = (row["kl"] for row in rows if row["method"] == method)
+        labels.append(f"{STYLE[method][0].split(' (')[0]}\nKL {seen:.1f} and {unseen:.1f}")
+    axis.set_xticks(range(len(methods)), labels)
     axis.axhline(1, color="0.25", lw=2)
     axis.set(ylim=(0, 1.3))
     axis.set_ylabel("share of the optimal gain", fontsize=12)

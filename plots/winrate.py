@@ -154,8 +154,9 @@ def draw_temperatures(axis, rows: list[dict]) -> None:
         axis.plot(x, [row["win_rate"] for row in curve], "-", color=colour, lw=1.6)
         draw_points(axis, curve, x, colour, marker, size=11 if method == "sft" else 8)
         axis.plot([], [], marker + "-", color=colour, ms=8, label=label)
-    axis.plot([], [], "o", color="0.4", mfc="white", ms=8,
-              label="hollow: nearly one text for all prompts")
+    if any(row["distinct"] < MIN_DISTINCT for row in rows):
+        axis.plot([], [], "o", color="0.4", mfc="white", ms=8,
+                  label="hollow: nearly one text for all prompts")
     axis.set(xticks=TEMPERATURES, ylim=(-.02, 1.02))
     axis.set_xlabel("sampling temperature", fontsize=14)
     axis.set_ylabel("win rate against the review itself", fontsize=14)

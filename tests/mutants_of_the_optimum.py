@@ -78,7 +78,7 @@ def frontiers_by_prompt(optimal_frontier, reward, betas, *weights):
 @plant("each sample of pi_ref has weight 1 instead of 1 / N",
        "dpo.optimal_frontier",
        "the_frontier_is_equation_4_at_each_beta_averaged_over_prompts",
-       "test_frontier")
+       "test_frontier", "test_optimum_of_a_mixture")
 def log_n_forgotten(original, reward, betas, *weights):
     frontier = original(reward, betas, *weights)
     kl = [kl - math.log(reward.shape[1]) for kl in frontier["kl"]]
@@ -113,7 +113,7 @@ def slope_inverted(original, kl, frontier):
        "dpo.optimal_frontier",
        "one_common_price_beats_a_price_for_each_prompt",
        "the_optimum_of_the_evaluation_is_that_of_all_responses",
-       "test_frontier")
+       "test_frontier", "test_optimum_of_a_mixture")
 def frontier_of_the_worst_prompt(original, reward, betas, *weights):
     by_prompt = frontiers_by_prompt(original, reward, betas, *weights)
     heights = zip(*(frontier["reward"] for frontier in by_prompt))
@@ -123,7 +123,7 @@ def frontier_of_the_worst_prompt(original, reward, betas, *weights):
 @plant("the curve is corrected upwards for its bias",
        "dpo.optimal_frontier",
        "the_frontier_of_a_few_samples_is_biased_low",
-       "test_frontier")
+       "test_frontier", "test_optimum_of_a_mixture")
 def frontier_bias_hidden(original, reward, betas, *weights):
     frontier = original(reward, betas, *weights)
     heights = []
@@ -237,7 +237,7 @@ def errors_of_seeds_averaged(original, optima):
 
 
 @plant("the policies of every seed sample for the optimum of each",
-       "train.proposals",
+       "train.choose_proposals",
        "pi_ref_is_joined_by_the_finished_policies_of_its_own_seed",
        "the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas")
 def proposals_of_all_seeds(original, setup, runs):
@@ -245,7 +245,7 @@ def proposals_of_all_seeds(original, setup, runs):
 
 
 @plant("policies of failed runs sample for the optimum",
-       "train.proposals",
+       "train.choose_proposals",
        "pi_ref_is_joined_by_the_finished_policies_of_its_own_seed")
 def proposals_that_failed(original, setup, runs):
     return original(setup, [{**run, "failure": None} for run in runs])

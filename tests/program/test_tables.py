@@ -39,7 +39,7 @@ def test_the_table_of_policies_has_finished_policies_and_best_of_4_16_and_64():
 
 
 def test_the_table_of_shares_has_the_kls_of_ppos_targets():
-    """The share at each KL stands below this KL; the KLs are PPO's targets in the paper's preset."""
+    """The share at each KL stands below it; the KLs are PPO's targets in the paper's preset."""
     targets = train.PRESETS["paper"]["kl_targets"]
     shares = dict(zip(targets, (.91, .82, .73, .64)))
     rows = [row_of(kl=kl, setting=kl, share=share) for kl, share in shares.items()]
@@ -138,8 +138,8 @@ def test_the_summary_of_preferences_counts_grammar_reward_ties_and_seen_prompts(
 
 def run_of(method, *kls, setting=1., failure=None):
     """A run with an evaluation and a checkpoint at each of these KLs; `state` tells which it is."""
-    rows = [{"method": method, "setting": setting, "step": step, "kl": kl, "reward": .5}
-            for step, kl in enumerate(kls, 1)]
+    rows = [{"method": method, "setting": setting, "step": step, "kl": kl, "reward": .5,
+             "final": step == len(kls) and not failure} for step, kl in enumerate(kls, 1)]
     return {"method": method, "setting": setting, "failure": failure, "rows": rows,
             "checkpoints": [f"{method} {setting:g} at KL {kl:g}" for kl in kls]}
 
@@ -159,3 +159,11 @@ def test_the_policy_that_a_figure_shows_is_nearest_in_kl_finished_or_on_the_way(
             f"{nearest} nats are nearest to {kl}, not those of {policy}"
     assert plots.policy_near_kl(runs, "dpo") == plots.policy_near_kl(runs, "dpo", 2.)
     assert plots.policy_near_kl(runs, "unlikelihood") is None
+
+
+def test_a_finished_policy_within_a_tenth_is_preferred_to_one_on_the_way():
+    """A policy on the way is less trained. It is shown only if no finished one is near."""
+    runs = [run_of("dpo", 2.0, 2.15)]
+    assert plots.policy_near_kl(runs, "dpo", 2.)["kl"] == 2.15
+    runs = [run_of("dpo", 2.0, 2.25)]
+    assert plots.policy_near_kl(runs, "dpo", 2.)["kl"] == 2.0

@@ -12,7 +12,6 @@ import torch
 
 import data
 import dpo
-import model
 import world
 from plots import nats
 from test_best_of_n import listed_index
