@@ -58,17 +58,19 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
 def policy_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
     """The policy of a method whose KL is nearest to `kl` nats, if any.
 
-    Figures compare the methods at equal KL. A finished policy within a tenth of `kl` is preferred;
-    if there is none, a policy on the way may be nearer. -> method, setting, step, kl, and `state`,
-    the parameters for `load_policy`.
+    Figures compare the methods at equal KL. Within a tenth of `kl` a finished policy is preferred
+    to one on the way, which is less trained; a method that has neither is shown by its nearest
+    finished policy. -> method, setting, step, kl, and `state`, the parameters for `load_policy`.
     """
     candidates = []
     for run in runs:
         if run["method"] == method:
             candidates += [{**row, "state": state}
                            for row, state in zip(run["rows"], run["checkpoints"])]
-    finished = [row for row in candidates if row["final"] and abs(row["kl"] - kl) <= kl / 10]
-    nearest = min(finished or candidates, key=lambda row: abs(row["kl"] - kl), default=None)
+    near = [row for row in candidates if abs(row["kl"] - kl) <= kl / 10]
+    finished = [row for row in near if row["final"]]
+    others = [row for row in candidates if row["final"]] or candidates    # none, if a run failed
+    nearest = min(finished or near or others, key=lambda row: abs(row["kl"] - kl), default=None)
     names = "method", "setting", "step", "kl", "state"
     return nearest and {name: nearest[name] for name in names}
 

@@ -1,8 +1,7 @@
 """What keeps DPO from the optimum? (`train.py --study`)
 
 Left: the share of the optimal gain of DPO with one thing changed at a time: the pairs come in
-rounds from the policy itself, three epochs instead of one, a network twice as wide (with half the
-learning rate).
+rounds from the policy itself, or the network is twice as wide (with half the learning rate).
 Right: where each policy spends its nats, by the role of the token (plots/nats.py), at KL near 2.
 """
 import torch
@@ -17,8 +16,6 @@ VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of ano
     PAPER: (STYLE["dpo"][1], "o", "-"),
     "4 rounds": ("#8C564B", "v", "--"),
     "16 rounds": ("#7F3FBF", "^", "-"),
-    "64 rounds": ("#2F4F4F", "s", ":"),
-    "three epochs": ("#999933", "D", "--"),
     "twice as wide": ("#E7298A", "P", "-."),
 }
 NATS = {    # (method, variant) whose nats are drawn, beside those of the optimum
@@ -34,9 +31,8 @@ def variants(cfg) -> dict[str, tuple[dict, dict]]:
     """name -> (fields of the configuration to change, methods with the settings to train)."""
     dpo = {"dpo": cfg.betas[:3]}
     found = {PAPER: (dict(rounds=1), {**dpo, "ppo_gt": cfg.kl_targets})}
-    for rounds in (4, 16, 64):
+    for rounds in (4, 16):
         found[f"{rounds} rounds"] = dict(rounds=rounds), dpo
-    found["three epochs"] = dict(rounds=1, epochs=3 * cfg.epochs), dpo
     found["twice as wide"] = dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), dpo
     return found
 

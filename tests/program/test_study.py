@@ -10,7 +10,7 @@ from plots import gap
 from tests import gpu
 
 DEFAULT = train.Config()
-CHANGED_FIELDS = [set(), {"rounds"}, {"rounds"}, {"rounds"}, {"epochs"}, {"width", "lr"}]
+CHANGED_FIELDS = [set(), {"rounds"}, {"rounds"}, {"width", "lr"}]
 
 
 def fake_runs(setup, settings):

@@ -145,20 +145,22 @@ def run_of(method, *kls, setting=1., failure=None):
 
 
 def test_the_policy_that_a_figure_shows_is_nearest_in_kl_finished_or_on_the_way():
-    """Of all evaluated policies of a method, the one whose KL is nearest; none if there is none.
+    """Within a tenth it may be on the way, else it is the nearest finished one; None without runs.
 
     It comes with the parameters of its own checkpoint, with its run and with its step.
     """
-    runs = [run_of("ppo", 2.), run_of("dpo", .2, .5), run_of("dpo", .4, 1.4, 4.1, setting=.7),
+    runs = [run_of("ppo", 2.), run_of("dpo", .2, .5), run_of("dpo", .4, 1.9, 4.1, setting=.7),
             run_of("dpo", 1., 2.9, 5., setting=.5), run_of("dpo", 3.2, setting=.1, failure="NaN")]
-    for kl, step, setting, nearest in ((2., 2, .7, 1.4), (3., 2, .5, 2.9), (9., 3, .5, 5.),
-                                       (3.3, 1, .1, 3.2), (0., 1, 1., .2)):
+    for kl, step, setting, nearest in ((2., 2, .7, 1.9), (3., 2, .5, 2.9), (9., 3, .5, 5.),
+                                       (3.3, 1, .1, 3.2), (0., 2, 1., .5), (2.4, 3, .7, 4.1)):
         policy = plots.policy_near_kl(runs, "dpo", kl)
         assert policy == {"method": "dpo", "setting": setting, "step": step, "kl": nearest,
                           "state": f"dpo {setting:g} at KL {nearest:g}"}, \
             f"{nearest} nats are nearest to {kl}, not those of {policy}"
     assert plots.policy_near_kl(runs, "dpo") == plots.policy_near_kl(runs, "dpo", 2.)
     assert plots.policy_near_kl(runs, "unlikelihood") is None
+    failed = [run_of("dpo", .4, 3.2, failure="NaN")]
+    assert plots.policy_near_kl(failed, "dpo")["kl"] == 3.2, "a failed run has no finished policy"
 
 
 def test_a_finished_policy_within_a_tenth_is_preferred_to_one_on_the_way():
