@@ -156,8 +156,8 @@ def balance_heuristic(ref_logp: Tensor, proposal_logp: Tensor) -> Tensor:
     """log w(y),   w(y) = pi_ref(y|x) / (1/M sum_m pi_m(y|x))                   Veach & Guibas 1995
 
     The weights of responses of which M policies, pi_ref usually among them, sampled equally many:
-    with them, a mean over the samples is an unbiased estimate of E_{y~pi_ref}. A mixture that
-    contains pi_ref has weights of at most M. ref_logp (..., N), proposal_logp (M, ..., N)
+    with them, a mean over the samples is an unbiased estimate of E_{y~pi_ref}, also of Z(x) in
+    Eq. 4. A mixture that contains pi_ref has weights of at most M. ref_logp (..., N), proposal_logp (M, ..., N)
     -> (..., N)
     """
     return ref_logp - (torch.logsumexp(proposal_logp, 0) - math.log(len(proposal_logp)))
