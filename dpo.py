@@ -157,8 +157,8 @@ def balance_heuristic(ref_logp: Tensor, proposal_logp: Tensor) -> Tensor:
 
     The weights of responses of which M policies, pi_ref usually among them, sampled equally many:
     with them, a mean over the samples is an unbiased estimate of E_{y~pi_ref}, also of Z(x) in
-    Eq. 4. A mixture that contains pi_ref has weights of at most M. ref_logp (..., N), proposal_logp (M, ..., N)
-    -> (..., N)
+    Eq. 4. A mixture that contains pi_ref has weights of at most M. ref_logp (..., N),
+    proposal_logp (M, ..., N) -> (..., N)
     """
     return ref_logp - (torch.logsumexp(proposal_logp, 0) - math.log(len(proposal_logp)))
 
