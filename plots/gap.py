@@ -9,7 +9,7 @@ from torch import Tensor
 
 import data
 from model import batched_sequence_logp, generate
-from plots import STYLE, mean_and_se, nats, plt, policy_near_kl, save
+from plots import STYLE, mean_and_se, nats, plt, save
 
 PAPER = "one round (the paper)"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
@@ -77,10 +77,13 @@ def measure_policy(setup, variant: str, policy: dict, model) -> dict:
 
 
 def policies_to_measure(runs: list[dict]) -> list[dict]:
-    """Of each method the policy, finished or on the way, whose KL is nearest to 2."""
-    methods = dict.fromkeys(run["method"] for run in runs)
-    policies = [policy_near_kl(runs, method, KL) for method in methods]
-    return [policy for policy in policies if policy]    # none if all runs of a method failed
+    """The rows of results of each method's finished policy whose KL is nearest to 2, if any."""
+    policies = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        finished = [row for run in runs if run["method"] == method
+                    for row in run["rows"] if row["final"]]
+        policies += sorted(finished, key=lambda row: abs(row["kl"] - KL))[:1]
+    return policies
 
 
 # ---------------------------------------------------------------------------------------- drawing
