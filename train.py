@@ -645,12 +645,10 @@ def estimate_optimum(setup: Setup, proposals: tuple[Run, ...]) -> dict:
 
 # ------------------------------------------------------------------------------ the gap of DPO
 @cached
-def measure_gap(setup: Setup, variant: str, run: Run, step: int) -> dict:
-    """The row of plots/gap.py of one policy, of a run and step."""
+def measure_gap(setup: Setup, variant: str, run: Run) -> dict:
+    """The row of plots/gap.py of the finished policy of a run."""
     trained = train_policy(setup, run, *METHODS[run.method])
-    index = [row["step"] for row in trained["rows"]].index(step)
-    policy = {**run._asdict(), "step": step}
-    model = load_policy(setup, trained["checkpoints"][index])
+    policy, model = trained["rows"][-1], load_policy(setup, trained["checkpoints"][-1])
     setup = setup._replace(eval_prompts=evaluation_prompts(setup))
     return gap.measure_policy(setup, variant, policy, model)
 
@@ -686,8 +684,8 @@ def study(setup: Setup, runs: list[dict]) -> tuple[list[dict], list[dict]]:
         rows += finished
         failures += [{**run["failure"], "reason": f"{variant}: {run['failure']['reason']}"}
                      for run in runs if run["failure"]]
-        measurements += [(measure_gap, changed, variant, Run(policy["method"], policy["setting"]),
-                          policy["step"]) for policy in gap.policies_to_measure(runs)]
+        measurements += [(measure_gap, changed, variant, Run(policy["method"], policy["setting"]))
+                         for policy in gap.policies_to_measure(runs)]
     _, beta, _ = dpo.optimal_reward(gap.KL, optimum)    # the slope of the frontier is its beta
     measurements.append((measure_optimum, setup, beta, chosen))
     return rows + setup.stages.get_all(measurements, report=True), failures

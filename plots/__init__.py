@@ -85,9 +85,21 @@ def load_policy(setup, state: dict) -> nn.Module:
     return policy
 
 
+def short_label(method: str) -> str:
+    """The label of a method without the words in parentheses."""
+    return STYLE[method][0].split(" (")[0]
+
+
+def paired_bar_style(is_filled: bool, colour: str) -> dict[str, str]:
+    """Of two bars side by side, one is filled and one is hatched, in the same colour."""
+    if is_filled:
+        return {"color": colour, "edgecolor": colour}
+    return {"color": "white", "edgecolor": colour, "hatch": "///"}
+
+
 def label_with_kl(row: dict) -> str:
     """The label of a method with the KL of the policy that represents it."""
-    label = STYLE[row["method"]][0].split(" (")[0]
+    label = short_label(row["method"])
     return f"{label}, KL {row['kl']:.1f}" if row["kl"] else label
 
 

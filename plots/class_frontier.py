@@ -59,11 +59,9 @@ def table(curves: list[Curve]) -> str:
             entries.append((-1., f"{curve.name[:24]:<24}{'no policy':>24}{'':>13}  "
                                  f"{curve.contract()}"))
         for row in final:
-            share = f"{'-':>7}{'-':>6}"
-            if row["share"] is not None:
-                share = f"{row['share']:>7.0%}{row['share_se']:>6.0%}"
             entries.append((row["share"] or 0., f"{curve.name[:24]:<24}{row['setting']:>8g}"
-                            f"{row['kl']:>8.2f}{row['reward']:>8.3f}{share}  {curve.contract()}"))
+                            f"{row['kl']:>8.2f}{row['reward']:>8.3f}{tables.share_cells(row)}  "
+                            f"{curve.contract()}"))
     entries.sort(key=lambda entry: -entry[0])
     return "\n".join(lines + [line for _, line in entries])
 

@@ -10,14 +10,11 @@ Prompts are beginnings of the domain's own test reviews, and these reviews are t
 share of the optimal gain compares with the optimum of the same prompts, estimated from pi_ref and
 the policies themselves.
 """
-from functools import partial
-
-
 import data
 import dpo
-from model import generate, map_batches, response_kl
-from plots import STYLE, load_policy, mean_and_se, plt, save
-from plots.frontier import estimate, sample_mixture
+from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
+                   short_label)
+from plots.frontier import estimate, sample_mixture, sample_reward_and_kl
 from plots.winrate import policies_to_compare, review_prompts, win_probability
 
 DOMAINS = {"film": "films (trained on)", "restaurant": "restaurants (never trained on)"}
@@ -37,10 +34,7 @@ def reviews(setup, domain: str) -> list[str]:
 def evaluate(setup, policy: dict, model, domain: str, prompts, review_reward) -> dict:
     """Win rate, true reward and KL of a policy on the prompts of a domain, with standard errors."""
     generator = data.named_generator("domains", setup.cfg.seed, domain, device=setup.device)
-    ids, mask = generate(model, prompts, SAMPLES, setup.cfg.max_tokens, setup.encoding.eot_token,
-                         generator)
-    reward = data.true_reward(setup.encoding, ids, mask).view(-1, SAMPLES)
-    kl = map_batches(partial(response_kl, model, setup.ref), ids, mask).view(-1, SAMPLES)
+    reward, kl = sample_reward_and_kl(setup, model, prompts, SAMPLES, generator)
     wins = win_probability(reward, review_reward)
     row = {"figure": "domains", "method": policy["method"], "setting": policy["setting"],
            "step": policy["step"], "domain": domain}
@@ -71,13 +65,6 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     return rows
 
 
-def bar_style(domain: str, colour: str) -> dict[str, str]:
-    """Filled bars for the domain of the training, hatched bars for the other."""
-    if domain == "film":
-        return {"color": colour, "edgecolor": colour}
-    return {"color": "white", "edgecolor": colour, "hatch": "///"}
-
-
 def draw_panel(axis, rows: list[dict], methods: list[str], name: str) -> None:
     """A group of bars for each method, one bar for each domain, of the column `name`."""
     row_of = {(row["method"], row["domain"]): row for row in rows}
@@ -85,11 +72,12 @@ def draw_panel(axis, rows: list[dict], methods: list[str], name: str) -> None:
         for j, domain in enumerate(DOMAINS):
             row = row_of[method, domain]
             axis.bar([i + .38 * (j - .5)], [row[name]], .36, yerr=[row[f"{name}_se"]],
-                     **bar_style(domain, STYLE[method][1]), lw=1.5, ecolor="0.25", capsize=3)
+                     **paired_bar_style(domain == "film", STYLE[method][1]), lw=1.5,
+                     ecolor="0.25", capsize=3)
             axis.annotate(f"KL {row['kl']:.1f}" if row["kl"] > .01 else "",
                           (i + .38 * (j - .5), .02), ha="center", rotation=90, fontsize=10,
                           bbox={"color": "white", "pad": 1})
-    labels = [STYLE[method][0].split(" (")[0].replace("-", "-\n") for method in methods]
+    labels = [short_label(method).replace("-", "-\n") for method in methods]
     axis.set_xticks(range(len(methods)), labels)
     axis.tick_params(labelsize=12)
     axis.set(ylim=(0, 1.2), yticks=[0, .2, .4, .6, .8, 1])
@@ -108,6 +96,6 @@ def draw(rows: list[dict], path) -> None:
     left.set_title("win rate against the review itself", fontsize=14)
     right.set_title("share of the optimal gain", fontsize=14)
     for domain, label in DOMAINS.items():
-        left.bar([0], [0], **bar_style(domain, "0.4"), label=label)
+        left.bar([0], [0], **paired_bar_style(domain == "film", "0.4"), label=label)
     left.legend(fontsize=11, loc="upper center", ncols=2, columnspacing=1.)
     save(figure, path)

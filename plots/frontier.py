@@ -1,13 +1,14 @@
 """Fig. 2, left: true reward against KL(pi || pi_ref), every method below the optimal frontier."""
 import math
 import statistics
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import data
 import dpo
-from model import GPT, batched_sequence_logp, generate
+from model import GPT, batched_sequence_logp, generate, map_batches, response_kl
 from plots import MIN_ESS, plt, save, style
 
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
@@ -17,7 +18,7 @@ BEST_OF_N = "best_of_n", "best_of_n_gt"
 # ------------------------------------------------------------------------- measuring the optimum
 def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], samples: int,
                    generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Samples of M policies, pi_ref among them, from which the optimum can be estimated.
+    """Samples of M policies, of which pi_ref is the first, to estimate the optimum from.
 
     Each policy samples n = `samples` responses to each of X prompts. -> ids and mask
     (X, M * n, T), true rewards and log weights (`dpo.balance_heuristic`) (X, M * n).
@@ -32,8 +33,7 @@ def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], s
     ids, mask = (torch.cat(parts) for parts in zip(*generated))              # (M * X * samples, T)
     logp = torch.stack([batched_sequence_logp(policy, ids, mask, setup.device)
                         for policy in policies])
-    ref_logp = batched_sequence_logp(setup.ref, ids, mask, setup.device)
-    log_weight = dpo.balance_heuristic(ref_logp, logp)
+    log_weight = dpo.balance_heuristic(logp[0], logp)
     reward = data.true_reward(setup.encoding, ids, mask).cpu()
 
     def by_prompt(x: Tensor) -> Tensor:
@@ -41,6 +41,19 @@ def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], s
         return x.transpose(0, 1).flatten(1, 2)
 
     return by_prompt(ids), by_prompt(mask), by_prompt(reward), by_prompt(log_weight)
+
+
+def sample_reward_and_kl(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
+                         generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """True reward and KL(pi || pi_ref), nats, of `samples` responses to each of X prompts.
+
+    -> two tensors (X, samples) on the CPU.
+    """
+    ids, mask = generate(policy, prompts, samples, setup.cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
+    reward = data.true_reward(setup.encoding, ids, mask)
+    kl = map_batches(partial(response_kl, policy, setup.ref), ids, mask)
+    return reward.view(-1, samples).cpu(), kl.view(-1, samples).cpu()
 
 
 def estimate(reward: Tensor, log_weight: Tensor) -> dict:

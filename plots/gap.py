@@ -9,7 +9,7 @@ from torch import Tensor
 
 import data
 from model import batched_sequence_logp, generate
-from plots import STYLE, mean_and_se, nats, plt, save
+from plots import STYLE, mean_and_se, nats, plt, save, short_label
 
 PAPER = "one round (the paper)"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
@@ -114,7 +114,7 @@ def draw_nats(axis, rows: list[dict]) -> None:
     for row in rows:
         colour = NATS.get((row["method"], row["variant"]))
         if colour:
-            label = STYLE[row["method"]][0].split(" (")[0]
+            label = short_label(row["method"])
             variant = f", {row['variant']}" if row["method"] == "dpo" else ""
             bars.append((row, colour, f"{label}{variant}, KL {row['kl']:.1f}"))
     height = .8 / max(len(bars), 1)

@@ -8,16 +8,15 @@ Right: the share of the optimal gain on prompts that are word for word among the
 and on prompts that no training saw. The paper has no such comparison.
 """
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import data
 import dpo
-from model import generate, map_batches, response_kl
-from plots import STYLE, load_policy, mean_and_se, plt, save
-from plots.frontier import estimate, sample_mixture
+from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
+                   short_label)
+from plots.frontier import estimate, sample_mixture, sample_reward_and_kl
 from plots.winrate import policies_to_compare
 
 KL = 2.                 # nats, of the optimum in the left panel
@@ -59,10 +58,7 @@ def share_rows(setup, policy: dict, model, prompts: tuple[Tensor, Tensor],
     """A row for each group of prompts: reward, KL, share of the optimal gain of a policy."""
     generator = data.named_generator("seen prompts", setup.cfg.seed, policy["method"],
                                      device=setup.device)
-    ids, mask = generate(model, prompts, SAMPLES, setup.cfg.max_tokens, setup.encoding.eot_token,
-                         generator)
-    reward = data.true_reward(setup.encoding, ids, mask).view(-1, SAMPLES).cpu()
-    kl = map_batches(partial(response_kl, model, setup.ref), ids, mask).view(-1, SAMPLES).cpu()
+    reward, kl = sample_reward_and_kl(setup, model, prompts, SAMPLES, generator)
     rows = []
     for group, members in groups.items():
         row = {"figure": "prompts", "panel": "share", "group": group, "prompts": int(members.sum()),
@@ -97,20 +93,16 @@ def draw_shares(axis, rows: list[dict]) -> None:
         pair = [row for row in rows if row["method"] == method]
         for row in pair:
             is_seen = row["group"] == "seen"
-            colour = STYLE[method][1]
             axis.bar([i + (-.19 if is_seen else .19)], [row["share"]], .36,
-                     yerr=[row["share_se"]], color=colour if is_seen else "white",
-                     edgecolor=colour, hatch="" if is_seen else "///", lw=1.5, ecolor="0.25",
-                     capsize=3)
+                     yerr=[row["share_se"]], **paired_bar_style(is_seen, STYLE[method][1]),
+                     lw=1.5, ecolor="0.25", capsize=3)
     for group, label in GROUPS.items():
         count = next(row["prompts"] for row in rows if row["group"] == group)
-        is_seen = group == "seen"
-        axis.bar([0], [0], color="0.4" if is_seen else "white", edgecolor="0.4",
-                 hatch="" if is_seen else "///", label=f"{count} {label}")
+        axis.bar([0], [0], **paired_bar_style(group == "seen", "0.4"), label=f"{count} {label}")
     labels = []
     for method in methods:
         seen, unseen = (row["kl"] for row in rows if row["method"] == method)
-        labels.append(f"{STYLE[method][0].split(' (')[0]}\nKL {seen:.1f} and {unseen:.1f}")
+        labels.append(f"{short_label(method)}\nKL {seen:.1f} and {unseen:.1f}")
     axis.set_xticks(range(len(methods)), labels)
     axis.axhline(1, color="0.25", lw=2)
     axis.set(ylim=(0, 1.3))

@@ -53,6 +53,13 @@ def above_optimum(rows: list[dict], optimum: dict) -> list[dict]:
     return found
 
 
+def share_cells(row: dict) -> str:
+    """The cells "share" and "+-" of a table, 13 characters; dashes if the share is not known."""
+    if row["share"] is None:
+        return f"{'-':>7}{'-':>6}"
+    return f"{row['share']:>7.0%}{row['share_se']:>6.0%}"
+
+
 def table_of_policies(rows: list[dict]) -> str:
     """The finished policies; of Best-of-N only N = 4, 16 and 64."""
     lines = [f"{'method':<14}{'setting':>8}{'seed':>5}{'KL':>8}{'+-':>6}{'reward':>8}{'+-':>6}"
@@ -61,11 +68,9 @@ def table_of_policies(rows: list[dict]) -> str:
         is_best_of_n = row["method"] in ("best_of_n", "best_of_n_gt")
         if not row["final"] or (is_best_of_n and row["setting"] not in (4, 16, 64)):
             continue
-        share = f"{'-':>7}{'-':>6}"
-        if row["share"] is not None:
-            share = f"{row['share']:>7.0%}{row['share_se']:>6.0%}"
         lines.append(f"{row['method']:<14}{row['setting']:>8g}{row['seed']:>5}{row['kl']:>8.2f}"
-                     f"{row['kl_se']:>6.2f}{row['reward']:>8.3f}{row['reward_se']:>6.3f}{share}"
+                     f"{row['kl_se']:>6.2f}{row['reward']:>8.3f}{row['reward_se']:>6.3f}"
+                     f"{share_cells(row)}"
                      f"{row['seconds']:>9.0f}")
     return "\n".join(lines)
 

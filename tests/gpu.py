@@ -9,13 +9,14 @@ FOLDER/STEP. Without a GPU the steps run on the CPU, and the memory is not known
 The last lines compare the results with the published ones (plots/results.jsonl), and two equal runs
 with each other: training on CUDA need not be deterministic.
 """
-import json
 import math
 import pathlib
 import subprocess
 import sys
 import threading
 import time
+
+import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = "train.py"
@@ -65,10 +66,8 @@ def run_step(step: str, out: pathlib.Path) -> dict:
 
 def read_results(path: pathlib.Path) -> list[dict]:
     """The rows of a results.jsonl, without the times; none if there is no file."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [{name: x for name, x in row.items() if "seconds" not in name} for row in rows]
+    return [{name: x for name, x in row.items() if "seconds" not in name}
+            for row in harness.read_jsonl(path)]
 
 
 def compare(rows: list[dict], published: list[dict]) -> list[str]:

@@ -6,15 +6,12 @@ The request is a line of JSON with a nonce; the result is a line that starts wit
 the student's code prints, or an exit in the middle, can not pass for a result.
 """
 import contextlib
-import functools
 import importlib
-import inspect
 import json
 import os
 import pathlib
 import runpy
 import sys
-import tempfile
 
 TESTS = pathlib.Path(__file__).resolve().parent
 for folder in (TESTS / "classroom", TESTS / "theorems", TESTS, TESTS.parent):
@@ -24,26 +21,7 @@ import torch  # noqa: E402
 
 import drawing  # noqa: E402
 import mutants  # noqa: E402
-
-
-def in_new_folder(test) -> None:
-    """Run a test that takes a new folder, as pytest does with `tmp_path`."""
-    with tempfile.TemporaryDirectory() as folder:
-        test(pathlib.Path(folder))
-
-
-def tests_of(names: dict) -> dict:
-    """The tests of a module that need no argument, or a new folder: by name without `test_`."""
-    tests = {}
-    for name, test in names.items():
-        if not name.startswith("test_") or not callable(test):
-            continue
-        arguments = list(inspect.signature(test).parameters)
-        if arguments == ["tmp_path"]:
-            test = functools.partial(in_new_folder, test)
-        if arguments in ([], ["tmp_path"]):
-            tests[name.removeprefix("test_")] = test
-    return tests
+from planting import collect_tests  # noqa: E402
 
 
 def error_of(test) -> str:
@@ -66,7 +44,7 @@ def load_tests(theorems: list) -> dict:
     for module, name in theorems:
         is_file = module.endswith(".py")
         names = runpy.run_path(module) if is_file else vars(importlib.import_module(module))
-        found = tests_of(names)
+        found = collect_tests(names)
         if name and name not in found:
             raise LookupError(f"the test {name} takes arguments: name another one")
         tests.update({name: found[name]} if name else found)

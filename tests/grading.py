@@ -6,7 +6,6 @@ of its own, in a copy of the repository that is deleted afterwards (sandbox.py).
 import ast
 import contextlib
 import json
-import os
 import pathlib
 import secrets
 import tempfile
@@ -48,6 +47,16 @@ def read(job: Job, name: str) -> str:
         return path.read_text("utf-8-sig")
     except ValueError:
         raise Refusal(f"{name} is not UTF-8 text") from None
+
+
+def read_tests(job: Job) -> str:
+    """my_tests.py, if it is Python and does nothing that it may not. Raises Refusal."""
+    text = read(job, "my_tests.py")
+    tree, problem = screening.parse(text, "my_tests.py")
+    problem = problem or screening.screen(tree, job.settings.ALLOWED_IMPORTS)
+    if problem:
+        raise Refusal(problem)
+    return text
 
 
 @contextlib.contextmanager
@@ -173,13 +182,10 @@ def grade_starter(job: Job) -> list[dict]:
 # ------------------------------------------------------------------------------------ my_tests.py
 def grade_tests(job: Job) -> list[dict]:
     """my_tests.py: planted bugs found, minus false alarms."""
-    tree, problem = screening.parse(read(job, "my_tests.py"), "my_tests.py")
-    problem = problem or screening.screen(tree, job.settings.ALLOWED_IMPORTS)
-    if problem:
-        raise Refusal(problem)
+    text = read_tests(job)
     with copy_of_repository(job, job.user) as copy:
         path = copy / "my_tests.py"
-        path.write_text(read(job, "my_tests.py"), "utf-8")
+        path.write_text(text, "utf-8")
         found = ask_child(job, copy, job.settings.SECONDS["tests"], job.user, {}, part="score",
                           path=str(path))
     bugs, alarms = len(found["found"]), found["false_alarms"]
@@ -220,11 +226,7 @@ def run_named_test(job: Job, name: str, number: int, bugs: str) -> str:
     with copy_of_repository(job, job.user) as copy:
         theorem = find_theorem(job.snapshot, name)
         if theorem is None and (job.submission / "my_tests.py").is_file():
-            text = read(job, "my_tests.py")
-            tree, problem = screening.parse(text, "my_tests.py")
-            problem = problem or screening.screen(tree, job.settings.ALLOWED_IMPORTS)
-            if problem:
-                raise Refusal(problem)
+            text = read_tests(job)
             if f"def test_{name}(" in text:
                 (copy / "my_tests.py").write_text(text, "utf-8")
                 theorem = [str(copy / "my_tests.py"), name]
@@ -242,7 +244,7 @@ def drawn_bug(job: Job) -> tuple[int, object, str]:
     import drawing
     import mutant
     import mutants
-    bugs = job.settings.BUGS or os.environ.get("DPO_BUGS", "")
+    bugs = job.settings.BUGS
     numbers = list(drawing.load_bugs(bugs)) if bugs else drawing.visible_bugs(mutant)
     number = drawing.draw(job.student, numbers, job.settings.ROSTER)
     return number, mutants.MUTANTS[number - 1], bugs

@@ -7,7 +7,10 @@ constant. mutants.py has all bugs.
 import contextlib
 import functools
 import importlib
+import inspect
+import pathlib
 import sys
+import tempfile
 from typing import Callable, NamedTuple
 
 CORE = "data", "model", "dpo", "ppo", "train"    # modules whose names may be replaced
@@ -106,3 +109,27 @@ def fails(test):
     except BaseException as error:    # pytest's own exceptions are not subclasses of Exception
         return type(error).__name__ != "Skipped"
     return False
+
+
+# ------------------------------------------------------------------------ the tests to run on a bug
+def in_new_folder(test):
+    """Run a test that takes a new folder, as pytest does with `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        test(pathlib.Path(folder))
+
+
+def collect_tests(names):
+    """Return the test functions among names: name without `test_` -> a function without arguments.
+
+    Tests that take a new folder get one; tests that take other arguments are left out.
+    """
+    tests = {}
+    for name, test in names.items():
+        if not name.startswith("test_") or not callable(test):
+            continue
+        arguments = list(inspect.signature(test).parameters)
+        if arguments == ["tmp_path"]:
+            test = functools.partial(in_new_folder, test)
+        if arguments in ([], ["tmp_path"]):
+            tests[name.removeprefix("test_")] = test
+    return tests

@@ -2,15 +2,12 @@
 
 pytest prints the table of bugs and theorems at the end of the run (conftest.py).
 """
-import functools
 import importlib
-import inspect
-import pathlib
-import tempfile
 
 import pytest
 
 import mutants
+from planting import collect_tests
 
 MODULES = (
     "test_true_reward", "test_preferences", "test_log_probabilities", "test_sampler",
@@ -26,30 +23,9 @@ UNCOVERED = {    # theorem without a planted bug -> the reason
 }
 
 
-def in_new_folder(test):
-    """Run a test that takes a new folder, as pytest does with `tmp_path`."""
-    with tempfile.TemporaryDirectory() as folder:
-        test(pathlib.Path(folder))
-
-
-def theorems_of(module):
-    """Return the test functions of a module: name without `test_` -> a function without arguments.
-
-    Tests that take a new folder get one; tests that take other arguments are left out.
-    """
-    theorems = {}
-    for name, function in vars(importlib.import_module(module)).items():
-        if not name.startswith("test_") or not callable(function):
-            continue
-        arguments = list(inspect.signature(function).parameters)
-        if arguments == ["tmp_path"]:
-            function = functools.partial(in_new_folder, function)
-        if arguments in ([], ["tmp_path"]):
-            theorems[name.removeprefix("test_")] = function
-    return theorems
-
-
-THEOREMS = {name: theorem for module in MODULES for name, theorem in theorems_of(module).items()}
+THEOREMS_OF = {module: collect_tests(vars(importlib.import_module(module))) for module in MODULES}
+THEOREMS = {name: theorem for theorems in THEOREMS_OF.values()
+            for name, theorem in theorems.items()}
 CAUGHT_BY = {}    # theorem -> names of the mutants that it caught
 TABLE = []        # (mutant, names of the theorems that caught it)
 
@@ -58,7 +34,7 @@ def theorems_against(mutant):
     """Return the names of the theorems to run on a mutant, those of whole modules included."""
     names = []
     for name in mutant.theorems:
-        names += theorems_of(name) if name in MODULES else [name]
+        names += THEOREMS_OF.get(name, [name])
     unknown = [name for name in names if name not in THEOREMS]
     assert not unknown, f"there are no theorems {unknown}: was one renamed?"
     return list(dict.fromkeys(names))
