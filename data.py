@@ -258,13 +258,13 @@ def bradley_terry(r_1: Tensor, r_2: Tensor) -> Tensor:
 
 
 def label_pairs(reward: Tensor, mode: str, tau: float,
-                generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Label all pairs of the K completions of each prompt: reward (N, K) -> winner, loser, ties.
+                generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Label all pairs of the K completions of each prompt: reward (N, K) -> winner, loser.
 
-    `deterministic` (the paper): the higher reward wins; exact ties are dropped, and their number is
-    returned. `bt` (the theory): y_1 wins with the probability of Eq. 1 at rewards r / tau, so a tie
-    is a coin flip. Winner (M,) and loser (M,) index the N * K completions, prompt by prompt. A
-    prompt has K(K-1)/2 pairs, less its dropped ties; they are consecutive.
+    `deterministic` (the paper): the higher reward wins; exact ties are dropped. `bt` (the theory):
+    y_1 wins with the probability of Eq. 1 at rewards r / tau, so a tie is a coin flip. Winner (M,)
+    and loser (M,) index the N * K completions, prompt by prompt. A prompt has K(K-1)/2 pairs, less
+    its dropped ties; they are consecutive.
     """
     n, k = reward.shape
     i, j = torch.triu_indices(k, k, 1)                                 # (K(K-1)/2,) each
@@ -278,7 +278,7 @@ def label_pairs(reward: Tensor, mode: str, tau: float,
     first_row = k * torch.arange(n)[:, None]
     winner = torch.where(i_wins, i, j) + first_row
     loser = torch.where(i_wins, j, i) + first_row
-    return winner[keep], loser[keep], int((~keep).sum())
+    return winner[keep], loser[keep]
 
 
 class Preferences(NamedTuple):
@@ -327,86 +327,3 @@ def shuffled_batches(preferences: Preferences, batch: int, generator: torch.Gene
     for part in numbers.split(batch * window):
         batches += part[length[part].argsort(stable=True)].split(batch)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
-# ------------------------------------------------------------------------ preferences as JSON lines
-def export_preferences(encoding, preferences: Preferences) -> list[dict]:
-    """One object for each pair: prompt, chosen, rejected, and what `encode_preferences` needs.
-
-    `group` is the prompt's number, `rows` which of its completions are chosen and rejected, `ids`
-    the tokens of prompt, chosen and rejected.
-    """
-    end, k = encoding.eot_token, preferences.k
-    prompts, responses = [], []
-    for ids, mask in zip(preferences.ids, preferences.mask):
-        positions = mask.nonzero().squeeze(1)
-        prompts.append(ids[:positions[0]].tolist())
-        responses.append(ids[positions].tolist())
-    lines = []
-    for w, l in zip(preferences.winner.tolist(), preferences.loser.tolist()):
-        ids = [prompts[w], responses[w], responses[l]]
-        texts = [encoding.decode([t for t in row if t != end]) for row in ids]
-        lines.append({**dict(zip(("prompt", "chosen", "rejected"), texts)),
-                      "group": w // k, "rows": [w % k, l % k], "ids": ids})
-    return lines
-
-
-def encode_preference(encoding, pair: dict, number: int) -> tuple:
-    """-> group, prompt ids, and for chosen and rejected which completion it is and its ids.
-
-    A text that is still as it was exported keeps its exact tokens, also if chosen and rejected were
-    swapped since. A pair that was not exported is a group of its own.
-    """
-    end = encoding.eot_token
-    exported = {}                                                  # text -> (completion, ids)
-    if "ids" in pair:
-        for ids, row in zip(pair["ids"], [-1, *pair["rows"]], strict=True):
-            text = encoding.decode([t for t in ids if t != end])
-            exported[text] = ((row + 0,), ids)                     # + 0: it must be a number
-    prompt = encoding.encode_ordinary(pair["prompt"])
-    _, prompt = exported.get(pair["prompt"], (None, prompt))
-    responses = []
-    for name in ("chosen", "rejected"):
-        ids = encoding.encode_ordinary(pair[name]) + [end]
-        responses.append(exported.get(pair[name], (tuple(ids), ids)))
-    return pair.get("group", -number), prompt, *responses
-
-
-def encode_preferences(encoding, pairs: list[dict], max_tokens: int) -> Preferences:
-    """Preferences as tokens; the caller fills in `ref_logp`. Pairs of a group share completions.
-
-    A prompt with fewer completions than others repeats its last one. Raises ValueError that names
-    the line.
-    """
-    context = MAX_PROMPT_TOKENS + max_tokens
-    groups, encoded = {}, []            # group -> completion -> (prompt ids, response ids)
-    for number, pair in enumerate(pairs, 1):
-        try:
-            group, prompt, *responses = encode_preference(encoding, pair, number)
-            completions = groups.setdefault(group, {})
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-            raise ValueError(f"line {number}: ids, group or rows are not as a run exports "
-                             "them") from None
-        for completion, ids in responses:
-            if completions.setdefault(completion, (prompt, ids)) != (prompt, ids):
-                raise ValueError(f"line {number}: group {group} has other texts in an earlier "
-                                 "line: two exports in one file?")
-            if len(prompt) + len(ids) > context:
-                raise ValueError(f"line {number}: {len(prompt) + len(ids)} tokens do not fit into "
-                                 f"{context}: shorten it, or use a larger --max-tokens")
-        encoded.append((group, responses[0][0], responses[1][0]))
-    k = max(map(len, groups.values()))
-    texts, row_of = [], {}
-    for group, completions in groups.items():
-        for completion in sorted(completions):
-            row_of[group, completion] = len(texts)
-            texts.append(completions[completion])
-        texts += texts[-1:] * (-len(texts) % k)
-    ids, stop = pad([prompt + ids for prompt, ids in texts], encoding.eot_token, context)
-    columns = torch.arange(ids.shape[1])
-    start = torch.tensor([len(prompt) for prompt, _ in texts])
-    mask = (columns >= start[:, None]) & (columns < stop[:, None])
-    winner = torch.tensor([row_of[group, chosen] for group, chosen, _ in encoded])
-    loser = torch.tensor([row_of[group, rejected] for group, _, rejected in encoded])
-    order = (winner // k).argsort(stable=True)                     # prompt by prompt
-    return Preferences(ids, mask, torch.zeros(len(ids)), winner[order], loser[order], k)

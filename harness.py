@@ -4,7 +4,8 @@
   2. Flags, made from the fields of a dataclass.
   3. Stages: values that are computed once and kept in files.
   4. Workers: several processes, on one machine or many, that share the stages.
-  5. A loss and preferences of the user's own, in files (--loss, --pairs).
+  5. A loss of the user's own (--loss).
+  6. Preferences as files: exported, and of the user's own (--pairs).
 """
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 import data
+from data import Preferences
 from dpo import Pair
 
 
@@ -166,8 +168,9 @@ def total_memory() -> float:
 # and of everything in this project that this code names, directly or not; the fields of the
 # configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
 # reading the code, so that nobody has to list it. Comments are no part of the code, docstrings are.
-# Device, number of workers and versions of packages are not in the hash.
+# Device, number of workers, versions of packages and the two names of MACHINERY are not in the hash.
 ROOT = pathlib.Path(__file__).resolve().parent
+MACHINERY = [(pathlib.Path(__file__).resolve(), name) for name in ("Stage", "cached")]
 
 
 def project_file(module: str | None) -> pathlib.Path | None:
@@ -238,7 +241,7 @@ def reachable_code(function: Callable) -> dict[str, str]:
     found = {}
     while pending:
         place = pending.pop()
-        if place not in found:
+        if place not in found and place not in MACHINERY:
             found[place], named = read_definition(*place)
             pending += named
     code = {f"{file.relative_to(ROOT).as_posix()}:{name}": text
@@ -252,49 +255,81 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
-def describe(argument):
+class Stage:
+    """The call function(setup, *arguments) of a stage, whose value is loaded or computed when it is
+    read.
+
+    `setup` has `cfg`, `user_pairs`, and `key`, which stands for all else that the setup holds.
+    Arguments are plain values, top-level functions, other stages, and objects with a `source`.
+    """
+    def __init__(self, function: Callable, setup, *arguments):
+        self.function = inspect.unwrap(function)
+        self.setup = setup
+        self.arguments = arguments
+
+    @property
+    def name(self) -> str:
+        """function-argument-argument-seedN: the plain values among the arguments."""
+        name = self.function.__name__.replace("_", "-")
+        for argument in self.arguments:
+            parts = argument if isinstance(argument, tuple) else (argument,)
+            name += "".join(f"-{part}" for part in parts if isinstance(part, (str, int, float)))
+        return f"{name}-seed{self.setup.seed}"
+
+    @functools.cached_property
+    def code(self) -> dict[str, str]:
+        """{"file:name": code} of all that determines the value, see `reachable_code`."""
+        code = {}
+        for function in (self.function, *filter(inspect.isfunction, self.arguments)):
+            code.update(reachable_code(function))
+        return code
+
+    @property
+    def fields(self) -> dict:
+        """The fields of the configuration that the code reads."""
+        read = set(re.findall(r"\bcfg\.(\w+)", "\n".join(self.code.values())))
+        return {name: value for name, value in vars(self.setup.cfg).items() if name in read}
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """A digest of each thing that determines the value, by its name in an explanation."""
+        inputs = {place: digest(definition) for place, definition in self.code.items()}
+        inputs.update({f"cfg.{name}": json.dumps(value) for name, value in self.fields.items()})
+        inputs["the arguments, or the loss"] = json.dumps(self.arguments, default=describe)
+        inputs["pi_ref"] = self.setup.key
+        user_pairs = self.setup.user_pairs
+        if user_pairs and any("setup.user_pairs" in text for text in self.code.values()):
+            inputs["--pairs"] = describe(user_pairs)
+        return inputs
+
+    @functools.cached_property
+    def path(self) -> pathlib.Path:
+        """The file of the value: NAME.HASH.pt."""
+        input_hash = digest(json.dumps(self.inputs, sort_keys=True))
+        return self.setup.stages.folder / f"{self.name}.{input_hash}.pt"
+
+    @functools.cached_property
+    def value(self):
+        return self.setup.stages.get(self)
+
+    def compute(self):
+        """The value, computed from a configuration without the fields that are not in the hash."""
+        restricted = self.setup._replace(cfg=SimpleNamespace(**self.fields))
+        return self.function(restricted, *self.arguments)
+
+
+def describe(argument) -> str:
     """What the hash of a stage contains of an argument that is not a plain value."""
+    if isinstance(argument, Stage):
+        return argument.path.name
     return digest(argument.source) if hasattr(argument, "source") else argument.__qualname__
 
 
-def stage_inputs(setup, function: Callable, arguments: tuple) -> tuple[dict[str, str], dict]:
-    """All that determines the value of function(setup, *arguments): a digest for each input, and
-    the fields of the configuration among them.
-
-    `setup` has `cfg`, `user_pairs`, and `key`, which stands for all else that the setup holds.
-    """
-    code = {}
-    for given in (function, *filter(inspect.isfunction, arguments)):
-        code.update(reachable_code(given))
-    text = "\n".join(code.values())
-    read = set(re.findall(r"\bcfg\.(\w+)", text))
-    fields = {name: value for name, value in vars(setup.cfg).items() if name in read}
-    inputs = {place: digest(definition) for place, definition in code.items()}
-    inputs.update({f"cfg.{name}": json.dumps(value) for name, value in fields.items()})
-    inputs["the arguments, or the loss"] = json.dumps(arguments, default=describe)
-    inputs["pi_ref"] = setup.key
-    if setup.user_pairs and "setup.user_pairs" in text:
-        inputs["--pairs"] = describe(setup.user_pairs)
-    return inputs, fields
-
-
-def stage_name(setup, function: Callable, arguments: tuple) -> str:
-    """function-argument-argument-seedN: the plain values among the arguments."""
-    name = function.__name__.replace("_", "-")
-    for argument in arguments:
-        parts = argument if isinstance(argument, tuple) else (argument,)
-        name += "".join(f"-{part}" for part in parts if isinstance(part, (str, int, float)))
-    return f"{name}-seed{setup.seed}"
-
-
 def cached(function: Callable) -> Callable:
-    """Decorator of a stage: function(setup, *arguments) is computed once and kept in a file.
-
-    Arguments are plain values, top-level functions, and objects with a `source`.
-    """
+    """Decorator: the value of function(setup, *arguments) is computed once and kept in a file."""
     @functools.wraps(function)
     def load_or_compute(setup, *arguments):
-        return setup.stages.get(setup, function, arguments)
+        return Stage(function, setup, *arguments).value
 
     return load_or_compute
 
@@ -326,87 +361,80 @@ class Stages:
         self.watch = ignore        # called with each row of results while a policy is trained
         self.explained = set()     # explanations that were printed
 
-    def path(self, setup, function: Callable, arguments: tuple) -> pathlib.Path:
-        """The file of a stage: NAME.HASH.pt."""
-        inputs, _ = stage_inputs(setup, function, arguments)
-        input_hash = digest(json.dumps(inputs, sort_keys=True))
-        return self.folder / f"{stage_name(setup, function, arguments)}.{input_hash}.pt"
-
-    def explain(self, name: str, function: Callable, inputs: dict[str, str]) -> None:
+    def explain(self, stage: Stage) -> None:
         """Print, once, why a stage is computed although the folder has a file of its name."""
         candidates = []
-        for file in self.folder.glob(f"{name}.*.pt"):
+        for file in self.folder.glob(f"{stage.name}.*.pt"):
             stored, _ = load_stage(file)
             earlier = stored.get("inputs", {}) if stored else {}
-            candidates.append([place for place in {**earlier, **inputs}
-                               if earlier.get(place) != inputs.get(place)])
+            candidates.append([place for place in {**earlier, **stage.inputs}
+                               if earlier.get(place) != stage.inputs.get(place)])
         changed = min(candidates, key=len, default=[])
-        explanation = f"{function.__name__} is computed again: {', '.join(changed)} changed"
+        explanation = f"{stage.function.__name__} is computed again: {', '.join(changed)} changed"
         if changed and explanation not in self.explained:
             self.explained.add(explanation)
             print(explanation, flush=True)
 
-    def compute(self, setup, function: Callable, arguments: tuple) -> dict:
+    def compute(self, stage: Stage) -> dict:
         """Compute a stage and save it; the file appears whole or not at all."""
-        path = self.path(setup, function, arguments)
-        inputs, fields = stage_inputs(setup, function, arguments)
-        self.explain(stage_name(setup, function, arguments), function, inputs)
+        self.explain(stage)
         start = time.perf_counter()
-        restricted = setup._replace(cfg=SimpleNamespace(**fields))    # no field outside the hash
-        value = inspect.unwrap(function)(restricted, *arguments)
-        stored = {"file": path.name, "inputs": inputs, "value": value,
+        stored = {"file": stage.path.name, "inputs": stage.inputs, "value": stage.compute(),
                   "seconds": time.perf_counter() - start}
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = stage.path.with_suffix(f".{os.getpid()}.partial")
         try:
             torch.save(stored, partial)
         except (OSError, RuntimeError) as error:                   # both for a full disk
             partial.unlink(missing_ok=True)
             reason = str(error).splitlines()[0]
-            raise UserError(f"cannot write {path} ({reason}): is the disk full?") from None
-        os.replace(partial, path)
+            raise UserError(f"cannot write {stage.path} ({reason}): is the disk full?") from None
+        os.replace(partial, stage.path)
         return stored
 
-    def get(self, setup, function: Callable, arguments: tuple):
+    def get(self, stage: Stage):
         """The value of a stage, loaded from its file or computed."""
-        path = self.path(setup, function, arguments)
-        stored, problem = load_stage(path)
-        if stored is None and self.store.add(path.name, 1) == 1:
+        stored, problem = load_stage(stage.path)
+        if stored is None and self.store.add(stage.path.name, 1) == 1:
             if problem:
-                print(f"{path} is unusable and computed again ({problem})", flush=True)
-            stored = self.compute(setup, function, arguments)
+                print(f"{stage.path} is unusable and computed again ({problem})", flush=True)
+            stored = self.compute(stage)
         while stored is None:                                      # another worker computes it
             time.sleep(.05)
-            stored, _ = load_stage(path)
-        self.seconds[stage_name(setup, function, arguments)] = stored["seconds"]
+            stored, _ = load_stage(stage.path)
+        self.seconds[stage.name] = stored["seconds"]
         return stored["value"]
 
-    def get_all(self, stages: list[tuple], report: bool = False) -> list:
-        """The values of stages (function, setup, *arguments), in order.
+    def get_all(self, stages: list[Stage], report: bool = False) -> list:
+        """The values of stages, in order.
 
         The workers compute them in parallel, each the next one that nobody has claimed. A stage may
         need earlier ones of the list, but no later ones: the workers would wait for each other.
         """
         start = time.time()
-        paths = [self.path(setup, function, arguments) for function, setup, *arguments in stages]
-        done_before = sum(path.exists() for path in paths)
-        for (function, setup, *arguments), path in zip(stages, paths):
-            if path.exists() or self.store.add(path.name, 1) > 1:
+        done_before = sum(stage.path.exists() for stage in stages)
+        for stage in stages:
+            if stage.path.exists() or self.store.add(stage.path.name, 1) > 1:
                 continue
-            self.compute(setup, function, arguments)
+            self.compute(stage)
             if report:
-                done = sum(path.exists() for path in paths)
+                done = sum(other.path.exists() for other in stages)
                 minutes = (time.time() - start) / 60
-                left = minutes / (done - done_before) * (len(paths) - done)
-                print(f"[{done}/{len(paths)} done, last: "
-                      f"{stage_name(setup, function, arguments)}; {minutes:.1f} min, about "
+                left = minutes / (done - done_before) * (len(stages) - done)
+                print(f"[{done}/{len(stages)} done, last: {stage.name}; {minutes:.1f} min, about "
                       f"{left:.1f} min left]", flush=True)
-        return [self.get(setup, function, arguments) for function, setup, *arguments in stages]
+        return [stage.value for stage in stages]
 
-    def load_all(self, stages: list[tuple]) -> list:
-        """The values of those stages (function, setup, *arguments) that are in the folder."""
-        stored = [load_stage(self.path(setup, function, arguments))[0]
-                  for function, setup, *arguments in stages]
-        return [content["value"] for content in stored if content]
+    def select_finished(self, stages: list[Stage]) -> list[Stage]:
+        """Those of some stages whose values are in the folder."""
+        return [stage for stage in stages if load_stage(stage.path)[0]]
+
+
+PARTS = 8    # what one worker alone would compute for long, the workers share in so many parts
+
+
+def part_numbers(count: int) -> range:
+    """The numbers of the parts of `count` things, fewer than PARTS if there are few."""
+    return range(len(torch.empty(count).chunk(PARTS)))
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
@@ -507,7 +535,7 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
     return 0
 
 
-# --------------------------------------------------- 5. a user's loss and a user's preferences
+# ------------------------------------------------------------------------------ 5. a user's loss
 class LossError(UserError):
     """A loss that cannot be used; the message names file, function, line and reason."""
 
@@ -587,6 +615,7 @@ def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, UserLoss
     return losses
 
 
+# ----------------------------------------------------------------------- 6. a user's preferences
 PATTERNS = " ".join(review.pattern for review in data.REVIEW.values())
 KNOWN_WORDS = set(re.findall(r"\w+", PATTERNS))
 
@@ -640,20 +669,103 @@ def read_pairs(path: str) -> list[dict]:
     return pairs
 
 
+def export_preferences(encoding, preferences: Preferences) -> list[dict]:
+    """One object for each pair: prompt, chosen, rejected, and what `encode_pairs` needs.
+
+    `group` is the prompt's number, `rows` which of its completions are chosen and rejected, `ids`
+    the tokens of prompt, chosen and rejected.
+    """
+    end, k = encoding.eot_token, preferences.k
+    prompts, responses = [], []
+    for ids, mask in zip(preferences.ids, preferences.mask):
+        positions = mask.nonzero().squeeze(1)
+        prompts.append(ids[:positions[0]].tolist())
+        responses.append(ids[positions].tolist())
+    lines = []
+    for w, l in zip(preferences.winner.tolist(), preferences.loser.tolist()):
+        ids = [prompts[w], responses[w], responses[l]]
+        texts = [encoding.decode([t for t in row if t != end]) for row in ids]
+        lines.append({**dict(zip(("prompt", "chosen", "rejected"), texts)),
+                      "group": w // k, "rows": [w % k, l % k], "ids": ids})
+    return lines
+
+
+def encode_preference(encoding, pair: dict, number: int) -> tuple:
+    """-> group, prompt ids, and for chosen and rejected which completion it is and its ids.
+
+    A text that is still as it was exported keeps its exact tokens, also if chosen and rejected were
+    swapped since. A pair that was not exported is a group of its own.
+    """
+    end = encoding.eot_token
+    exported = {}                                                  # text -> (completion, ids)
+    if "ids" in pair:
+        for ids, row in zip(pair["ids"], [-1, *pair["rows"]], strict=True):
+            text = encoding.decode([t for t in ids if t != end])
+            exported[text] = ((row + 0,), ids)                     # + 0: it must be a number
+    prompt = encoding.encode_ordinary(pair["prompt"])
+    _, prompt = exported.get(pair["prompt"], (None, prompt))
+    responses = []
+    for name in ("chosen", "rejected"):
+        ids = encoding.encode_ordinary(pair[name]) + [end]
+        responses.append(exported.get(pair[name], (tuple(ids), ids)))
+    return pair.get("group", -number), prompt, *responses
+
+
 @dataclasses.dataclass(frozen=True)
 class UserPairs:
     """A user's preferences as tokens, and their text, which stands for them in a stage's hash."""
     source: str
-    preferences: data.Preferences
+    preferences: Preferences
 
-    def with_reference(self, ref: Tensor) -> "UserPairs":
+    def with_reference(self, ref_logp: Tensor) -> "UserPairs":
         """The same pairs with log pi_ref (C,) of their responses."""
-        return UserPairs(self.source, self.preferences._replace(ref_logp=ref))
+        return UserPairs(self.source, self.preferences._replace(ref_logp=ref_logp))
+
+
+def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
+    """-> {group: {completion: (prompt ids, response ids)}}, and (group, chosen, rejected) of each
+    pair. Raises UserError that names the line.
+    """
+    groups, comparisons = {}, []
+    for number, pair in enumerate(pairs, 1):
+        place = f"{path}, line {number}"
+        try:
+            group, prompt, *responses = encode_preference(encoding, pair, number)
+            completions = groups.setdefault(group, {})
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+            raise UserError(f"{place}: ids, group or rows are not as a run exports them") from None
+        for completion, ids in responses:
+            if completions.setdefault(completion, (prompt, ids)) != (prompt, ids):
+                raise UserError(f"{place}: group {group} has other texts in an earlier line: two "
+                                "exports in one file?")
+            if len(prompt) + len(ids) > context:
+                raise UserError(f"{place}: {len(prompt) + len(ids)} tokens do not fit into "
+                                f"{context}: shorten it, or use a larger --max-tokens")
+        comparisons.append((group, responses[0][0], responses[1][0]))
+    return groups, comparisons
 
 
 def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> UserPairs:
-    """`read_pairs` as tokens; log pi_ref is still 0. Raises UserError that names the line."""
-    try:
-        return UserPairs(json.dumps(pairs), data.encode_preferences(encoding, pairs, max_tokens))
-    except ValueError as error:
-        raise UserError(f"{path}, {error}") from None
+    """`read_pairs` as tokens; log pi_ref is still 0. Pairs of a group share completions.
+
+    A prompt with fewer completions than others repeats its last one. Raises UserError that names
+    the line.
+    """
+    context = data.MAX_PROMPT_TOKENS + max_tokens
+    groups, comparisons = group_completions(encoding, pairs, context, path)
+    k = max(map(len, groups.values()))
+    texts, row_of = [], {}
+    for group, completions in groups.items():
+        for completion in sorted(completions):
+            row_of[group, completion] = len(texts)
+            texts.append(completions[completion])
+        texts += texts[-1:] * (-len(texts) % k)
+    ids, stop = data.pad([prompt + ids for prompt, ids in texts], encoding.eot_token, context)
+    columns = torch.arange(ids.shape[1])
+    start = torch.tensor([len(prompt) for prompt, _ in texts])
+    mask = (columns >= start[:, None]) & (columns < stop[:, None])
+    winner = torch.tensor([row_of[group, chosen] for group, chosen, _ in comparisons])
+    loser = torch.tensor([row_of[group, rejected] for group, _, rejected in comparisons])
+    order = (winner // k).argsort(stable=True)                     # prompt by prompt
+    preferences = Preferences(ids, mask, torch.zeros(len(ids)), winner[order], loser[order], k)
+    return UserPairs(json.dumps(pairs), preferences)

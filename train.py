@@ -28,11 +28,12 @@ import data
 import dpo
 import ppo
 from data import Preferences, named_generator, named_rng
-from harness import LossError, Stages, UserError, cached, option
+from harness import (PARTS, LossError, Stage, Stages, UserError, cached, option,
+                     part_numbers)
 from model import (GPT, GPTConfig, batched_sequence_logp, cpu_state_dict, generate, lr_schedule,
-                   map_batches, response_kl, response_token_logp)
-from plots import (STYLE, cost, figures, frontier, gap, load_policy, mean_and_se, mean_over_steps,
-                   nats, style, tables)
+                   response_token_logp)
+from plots import (STYLE, cost, evaluation_prompts, figures, frontier, gap, mean_and_se,
+                   mean_over_steps, tables)
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -235,20 +236,12 @@ def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: lis
         user_pairs = user_pairs.with_reference(batched_sequence_logp(ref, ids, mask, device))
     return setup._replace(corpus=make_corpus(setup, "film"), encoding=encoding,
                           user_pairs=user_pairs,
-                          key=stages.path(setup, train_reference, ()).name)
+                          key=Stage(train_reference, setup).path.name)
 
 
 # ---------------------------------------------------------------- completions, labels (Section 6)
-PARTS = 8    # the workers share the sampling of completions, and of the optimum, in parts
-
-
-def part_numbers(count: int) -> range:
-    """The numbers of the parts of `count` things, fewer than PARTS if there are few."""
-    return range(len(torch.empty(count).chunk(PARTS)))
-
-
 @cached
-def make_prompts(setup: Setup, split: str, count: int) -> tuple[Tensor, Tensor]:
+def prompts_of_split(setup: Setup, split: str, count: int) -> tuple[Tensor, Tensor]:
     """Prompts from the first `count` reviews of a split -> ids (count, P), lengths (count,)."""
     texts = setup.corpus[split][:count]
     return data.make_prompts(setup.encoding, texts, named_rng("prompts", split, setup.cfg.seed))
@@ -271,14 +264,14 @@ def complete(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
 @cached
 def complete_part(setup: Setup, split: str, count: int, part: int) -> dict[str, Tensor]:
     """The completions of one part of the prompts by pi_ref."""
-    prompts = tuple(p.chunk(PARTS)[part] for p in make_prompts(setup, split, count))
+    prompts = tuple(p.chunk(PARTS)[part] for p in prompts_of_split(setup, split, count))
     generator = named_generator("completions", split, setup.cfg.seed, part, device=setup.device)
     return complete(setup, setup.ref, prompts, generator)
 
 
 def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Tensor]:
     """The completions of `count` prompts by pi_ref; the workers share them."""
-    completions = setup.stages.get_all([(complete_part, setup, split, count, part)
+    completions = setup.stages.get_all([Stage(complete_part, setup, split, count, part)
                                         for part in part_numbers(count)])
     return {name: torch.cat([part[name] for part in completions]) for name in completions[0]}
 
@@ -288,7 +281,7 @@ def label(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
     cfg = setup.cfg
     reward = completions["reward"].view(-1, cfg.completions)
     generator = named_generator("labels", *names, cfg.seed)
-    winner, loser, _ = data.label_pairs(reward, cfg.labels, cfg.tau, generator)
+    winner, loser = data.label_pairs(reward, cfg.labels, cfg.tau, generator)
     return Preferences(completions["ids"], completions["mask"], completions["ref_logp"], winner,
                        loser, cfg.completions)
 
@@ -345,7 +338,7 @@ def pair_step(policy: GPT, optimizer: torch.optim.Optimizer, batch: Preferences,
 
 def sample_round(setup: Setup, policy: GPT, run: Run, number: int) -> Preferences:
     """Labelled pairs of the policy's own completions of the prompts of one round."""
-    prompts = make_prompts(setup, "train", setup.cfg.prompts)
+    prompts = prompts_of_split(setup, "train", setup.cfg.prompts)
     prompts = tuple(p.tensor_split(setup.cfg.rounds)[number] for p in prompts)
     generator = named_generator("round", *run, setup.cfg.seed, number, device=setup.device)
     return label(setup, complete(setup, policy, prompts, generator), "round", *run, number)
@@ -435,7 +428,7 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
     """PPO or PPO-GT: the number of steps, and an iterator that takes them."""
     cfg = setup.cfg
     critic_state = fit_initial_values(setup, run.method, make_score)
-    prompts = tuple(p.to(setup.device) for p in make_prompts(setup, "train", cfg.prompts))
+    prompts = tuple(p.to(setup.device) for p in prompts_of_split(setup, "train", cfg.prompts))
     generator = named_generator(*run, cfg.seed, device=setup.device)
     progress = ppo.train_ppo(cfg, policy, setup.ref, prompts, make_score(setup), run.setting,
                              setup.encoding.eot_token, generator, critic_state)
@@ -456,32 +449,26 @@ METHODS = {    # method -> how it is trained, and its loss, or the function that
 
 
 # -------------------------------------------------------------------------------------- evaluation
-def evaluation_prompts(setup: Setup) -> tuple[Tensor, Tensor]:
-    """The prompts of every evaluation, from held-out reviews: ids (X, P), lengths (X,)."""
-    texts = setup.corpus[setup.cfg.split][:setup.cfg.eval_prompts]
-    prompts = data.make_prompts(setup.encoding, texts, named_rng("evaluation", setup.cfg.seed))
-    return tuple(p.to(setup.device) for p in prompts)
-
-
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
     From `samples` responses to each evaluation prompt; the random generator depends on `names`.
     """
     generator = named_generator("evaluation", *names, setup.cfg.seed, device=setup.device)
-    ids, mask = generate(policy, evaluation_prompts(setup), samples, setup.cfg.max_tokens,
-                         setup.encoding.eot_token, generator)
-    reward = data.true_reward(setup.encoding, ids, mask)
-    kl = map_batches(partial(response_kl, policy, setup.ref), ids, mask)
-    mean_reward, reward_se = mean_and_se(reward.view(-1, samples))
-    mean_kl, kl_se = mean_and_se(kl.view(-1, samples))
+    reward, kl, length = frontier.sample_rewards(setup, policy, evaluation_prompts(setup), samples,
+                                                 generator)
+    mean_reward, reward_se = mean_and_se(reward)
+    mean_kl, kl_se = mean_and_se(kl)
     return {"reward": mean_reward, "reward_se": reward_se, "kl": mean_kl, "kl_se": kl_se,
-            "length": mask.sum(1).float().mean().item()}
+            "length": length.mean().item()}
 
 
 @cached
-def evaluate_reference(setup: Setup) -> dict[str, float]:
-    return evaluate(setup, setup.ref, setup.cfg.eval_samples, "sft")
+def reference_row(setup: Setup) -> dict:
+    """The row of results of pi_ref, which is the policy after SFT."""
+    numbers = evaluate(setup, setup.ref, setup.cfg.eval_samples, "sft")
+    return {"method": "sft", "setting": 0., "seed": setup.seed, "step": 0, "final": True,
+            **numbers, "seconds": 0.}
 
 
 # --------------------------------------------------------------------------------------- the sweep
@@ -502,16 +489,6 @@ def evaluation_row(setup: Setup, policy: GPT, run: Run, step: int, is_final: boo
     return {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
 
 
-def print_row(row: dict, steps: int) -> None:
-    """Print a row of results, and how many seconds of training are left."""
-    names = ("method", "setting", "seed", "step", "final", "seconds")
-    numbers = {name: x for name, x in row.items() if name not in names and name[-3:] != "_se"}
-    left = row["seconds"] / row["step"] * (steps - row["step"])
-    print("{method} {setting:g} seed {seed}, step {step}".format(**row),
-          f"of {steps}, {row['seconds']:.0f} s, about {left:.0f} s left:",
-          *(f"{name} {x:.3g} " for name, x in numbers.items()), flush=True)
-
-
 def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterator[dict],
               result: dict) -> None:
     """Train, and evaluate the policy on the way and at its end.
@@ -523,7 +500,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterato
         row = evaluation_row(setup, policy, run, step, is_final, seconds, recent or [statistics])
         result["rows"].append(row)
         result["checkpoints"].append(cpu_state_dict(policy))
-        print_row(row, steps)
+        tables.print_row(row, steps)
         setup.stages.watch(row)
 
     recent, seconds, start = [], 0., time.perf_counter()    # `recent`: steps since the last row
@@ -543,15 +520,15 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterato
 
 
 @cached
-def train_policy(setup: Setup, run: Run, train: Callable, trained_on: Callable) -> dict:
+def train_policy(setup: Setup, run: Run, train: Callable, loss_or_score: Callable) -> dict:
     """Train and evaluate one policy: its `rows` of results, and the `checkpoints` of the rows.
 
-    `train` and `trained_on` are those of METHODS; they are arguments so that the hash of this
+    `train` and `loss_or_score` are those of METHODS; they are arguments so that the hash of this
     stage has the code of one method alone. A number that is not finite, or an error of a user's
     loss, ends the run: it keeps its rows, and `failure` gives the reason.
     """
     policy = copy.deepcopy(setup.ref).requires_grad_(True)
-    steps, progress = train(setup, policy, run, trained_on)
+    steps, progress = train(setup, policy, run, loss_or_score)
     result = {**run._asdict(), "seed": setup.seed, "step": 0, "rows": [], "checkpoints": [],
               "failure": None}
     try:
@@ -562,31 +539,42 @@ def train_policy(setup: Setup, run: Run, train: Callable, trained_on: Callable) 
     return result
 
 
-def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -> list[tuple]:
+def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -> list[Stage]:
     """A stage for each policy: methods, or a user's losses, and their settings."""
     trained_by = {**METHODS, **{name: (train_on_pairs, loss) for name, loss in losses.items()}}
-    return [(train_policy, setup, Run(method, float(setting)), *trained_by[method])
+    return [Stage(train_policy, setup, Run(method, float(setting)), *trained_by[method])
             for method, values in settings.items() for setting in values]
 
 
-def train_sweep(setups: list[Setup]) -> list[dict]:
+def train_sweep(setups: list[Setup]) -> list[Stage]:
     """All policies of Section 6, for every seed. What several of them wait for comes first."""
-    cfg, stages = setups[0].cfg, []
+    cfg, preparations, policies = setups[0].cfg, [], []
     for setup in setups:
-        stages += [(fit_reward_model, setup),
-                   (fit_initial_values, setup, "ppo_gt", make_true_score)]
+        preparations += [Stage(fit_reward_model, setup),
+                         Stage(fit_initial_values, setup, "ppo_gt", make_true_score)]
     for setup in setups:
-        stages += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
-    stages += [(fit_initial_values, setup, "ppo", make_learned_score) for setup in setups]
+        policies += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
+    values = [Stage(fit_initial_values, setup, "ppo", make_learned_score) for setup in setups]
+    later = []
     for setup in setups:
-        stages += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
-                                        "unlikelihood": cfg.alphas,
-                                        "preferred_ft": tuple(range(cfg.preferred_runs))})
-    values = setups[0].stages.get_all(stages, report=True)
-    return [value for (function, *_), value in zip(stages, values) if function is train_policy]
+        later += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
+                                       "unlikelihood": cfg.alphas,
+                                       "preferred_ft": tuple(range(cfg.preferred_runs))})
+    setups[0].stages.get_all(preparations + policies + values + later, report=True)
+    return policies + later
 
 
-def load_baselines(setup: Setup) -> list[dict]:
+def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[Stage]:
+    """The baselines that are in the folder, and the policies of a user's losses."""
+    baselines, policies = [], []
+    for setup in setups:
+        baselines += find_baselines(setup)
+        policies += policy_stages(setup, dict.fromkeys(losses, setup.cfg.betas), losses)
+    setups[0].stages.get_all(policies, report=True)
+    return baselines + policies
+
+
+def find_baselines(setup: Setup) -> list[Stage]:
     """The policies of Section 6 that are in the folder, trained on pi_ref's pairs."""
     settings = {method: set() for method in METHODS}
     pattern = rf"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed{setup.seed}\.\w+\.pt"
@@ -596,104 +584,23 @@ def load_baselines(setup: Setup) -> list[dict]:
             settings[match[1]].add(float(match[2]))
     setup = setup._replace(user_pairs=None)
     settings = {method: sorted(values) for method, values in settings.items()}
-    return setup.stages.load_all(policy_stages(setup, settings))
+    return setup.stages.select_finished(policy_stages(setup, settings))
 
 
-# ------------------------------------------------------------------------------------ the optimum
-def choose_proposals(setup: Setup, runs: list[dict]) -> tuple[Run, ...]:
-    """The policies that sample for the optimum besides pi_ref: PPO-GT, and DPO's two farthest."""
-    finished = [Run(run["method"], run["setting"]) for run in runs
-                if run["seed"] == setup.seed and not run["failure"]]
-    ppo_gt = sorted(run for run in finished if run.method == "ppo_gt")
-    farthest = sorted(run for run in finished if run.method == "dpo")[:2]    # at the smallest betas
-    return (*ppo_gt, *farthest)
-
-
-def proposal_policies(setup: Setup, proposals: tuple[Run, ...]) -> list[GPT]:
-    """pi_ref and the finished policies of some runs."""
-    policies = [setup.ref]
-    for run in proposals:
-        trained = train_policy(setup, run, *METHODS[run.method])
-        policies.append(load_policy(setup, trained["checkpoints"][-1]))
-    return policies
-
-
-@cached
-def sample_optimum(setup: Setup, part: int, proposals: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
-    """Samples of pi_ref and some trained policies, for one part of the evaluation prompts.
-
-    -> rewards and log weights, see `frontier.sample_mixture`.
-    """
-    policies = proposal_policies(setup, proposals)
-    prompts = tuple(p.chunk(PARTS)[part] for p in evaluation_prompts(setup))
-    generator = named_generator("optimum", setup.cfg.seed, part, device=setup.device)
-    *_, reward, log_weight = frontier.sample_mixture(setup, policies, prompts,
-                                                     setup.cfg.optimum_samples, generator)
-    return reward, log_weight
-
-
-def estimate_optimum(setup: Setup, proposals: tuple[Run, ...]) -> dict:
-    """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean.
-
-    It is estimated from samples of pi_ref and of the policies of `proposals`, which reach further.
-    """
-    samples = setup.stages.get_all([(sample_optimum, setup, part, proposals)
-                                    for part in part_numbers(setup.cfg.eval_prompts)])
-    reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
-    return frontier.estimate(reward, log_weight)
-
-
-# ------------------------------------------------------------------------------ the gap of DPO
-@cached
-def measure_gap(setup: Setup, variant: str, run: Run) -> dict:
-    """The row of plots/gap.py of the finished policy of a run."""
-    trained = train_policy(setup, run, *METHODS[run.method])
-    policy, model = trained["rows"][-1], load_policy(setup, trained["checkpoints"][-1])
-    setup = setup._replace(eval_prompts=evaluation_prompts(setup))
-    return gap.measure_policy(setup, variant, policy, model)
-
-
-@cached
-def measure_optimum(setup: Setup, beta: float, proposals: tuple[Run, ...]) -> dict:
-    """The row of plots/gap.py of the optimum at a price beta.
-
-    It is measured on the first 64 prompts, because rollouts from every prefix are slow.
-    """
-    setup = setup._replace(eval_prompts=tuple(p[:64] for p in evaluation_prompts(setup)))
-    row = nats.optimum_nats(setup, proposal_policies(setup, proposals), beta)
-    return {"figure": "gap", "panel": "nats", "variant": "", "method": "optimum", "setting": beta,
-            "step": 0, **row}
-
-
-def study(setup: Setup, runs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The rows of plots/gap.py, DPO with one thing changed at a time; and its failed runs."""
-    rows, failures, measurements = [], [], []
-    chosen = choose_proposals(setup, runs)
-    optimum = estimate_optimum(setup, chosen)
-    for variant, (fields, settings) in gap.variants(setup.cfg).items():
-        cfg = dataclasses.replace(setup.cfg, **fields)
-        check_config(cfg)
-        changed = prepare(cfg, setup.seed, setup.stages, setup.device)
-        runs = setup.stages.get_all(policy_stages(changed, settings), report=True)
-        finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
-                    for run in runs for row in run["rows"] if row["final"]]
-        curve = optimum    # a wider network is another pi_ref, and has another optimum
-        if changed.key != setup.key:
-            curve = estimate_optimum(changed, choose_proposals(changed, runs))
-        tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
-        rows += finished
-        failures += [{**run["failure"], "reason": f"{variant}: {run['failure']['reason']}"}
-                     for run in runs if run["failure"]]
-        measurements += [(measure_gap, changed, variant, Run(policy["method"], policy["setting"]))
-                         for policy in gap.policies_to_measure(runs)]
-    _, beta, _ = dpo.optimal_reward(gap.KL, optimum)    # the slope of the frontier is its beta
-    measurements.append((measure_optimum, setup, beta, chosen))
-    return rows + setup.stages.get_all(measurements, report=True), failures
+def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tuple[Setup, list]:
+    """The setup and the policies of a configuration with some fields changed, for plots/gap.py."""
+    cfg = dataclasses.replace(setup.cfg, **fields)
+    check_config(cfg)
+    changed = prepare(cfg, setup.seed, setup.stages, setup.device)
+    policies = policy_stages(changed, settings)
+    setup.stages.get_all(policies, report=True)
+    return changed, policies
 
 
 # --------------------------------------------------------------------------------- the experiment
 @cached
-def measure_figure(setup: Setup, name: str, measure: Callable, runs: tuple[Run, ...]) -> list[dict]:
+def measure_figure(setup: Setup, name: str, measure: Callable,
+                   policies: tuple[Stage, ...]) -> list[dict]:
     """The rows of a figure that needs policies: measure(setup, trained runs).
 
     `name` is only for the name of the stage's file.
@@ -703,56 +610,27 @@ def measure_figure(setup: Setup, name: str, measure: Callable, runs: tuple[Run, 
     def learned_reward(ids: Tensor, mask: Tensor) -> Tensor:
         return score(ids, mask).round(decimals=4)    # equal texts tie, whatever their batch
 
-    setup = setup._replace(train_prompts=make_prompts(setup, "train", setup.cfg.prompts),
+    setup = setup._replace(train_prompts=prompts_of_split(setup, "train", setup.cfg.prompts),
                            eval_prompts=evaluation_prompts(setup), learned_reward=learned_reward)
-    return measure(setup, [train_policy(setup, run, *METHODS[run.method]) for run in runs])
+    return measure(setup, [policy.value for policy in policies])
 
 
-def measure_figures(setup: Setup, runs: list[dict]) -> list[dict]:
-    """The rows of all figures that need policies, from the runs of the seed of `setup`."""
-    runs = tuple(Run(run["method"], run["setting"]) for run in runs if run["seed"] == setup.seed)
-    stages = [(measure_figure, setup, name, figure.measure, runs)
-              for name, figure in figures.FROM_POLICIES.items()]
-    return sum(setup.stages.get_all(stages), [])
+def measure_figures(setup: Setup, policies: list[Stage]) -> list[dict]:
+    """The rows of all figures that need policies, from those of the seed of `setup`."""
+    own = tuple(policy for policy in policies if policy.setup.seed == setup.seed)
+    return sum(setup.stages.get_all([Stage(measure_figure, setup, name, figure.measure, own)
+                                     for name, figure in figures.FROM_POLICIES.items()]), [])
 
 
-def export_preferences(setup: Setup, overwrite: bool) -> None:
+def write_preferences(setup: Setup, overwrite: bool) -> None:
     """Write the preferences of pi_ref's completions as text, and print a summary of them."""
     path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
     if path.exists() and not overwrite:
         return
     pairs = training_pairs(setup)
-    harness.write_jsonl(path, data.export_preferences(setup.encoding, pairs))
+    harness.write_jsonl(path, harness.export_preferences(setup.encoding, pairs))
     print(tables.summary_of_preferences(setup.encoding, pairs, evaluation_prompts(setup)),
           flush=True)
-
-
-def collect_rows(setups: list[Setup], runs: list[dict], measured: list[dict],
-                 optimum: dict) -> list[dict]:
-    """The rows of results.jsonl: SFT, the runs and Best-of-N, with their shares."""
-    rows = []
-    for setup in setups:
-        rows.append({"method": "sft", "setting": 0., "seed": setup.seed, "step": 0, "final": True,
-                     **evaluate_reference(setup), "seconds": 0.})
-    rows += [row for run in runs for row in run["rows"]]
-    for row in measured:
-        if row["figure"] == "best_of_n" and row["setting"] > 1:    # Best-of-1 is SFT
-            rows.append({name: x for name, x in row.items() if name != "figure"})
-    rows = [{**row, "config": dataclasses.asdict(setups[0].cfg)} for row in rows]
-    methods = list(style(row["method"] for row in rows))    # in the order of the legend
-    rows.sort(key=lambda row: methods.index(row["method"]))
-    tables.add_shares(rows, optimum)
-    return rows
-
-
-def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[dict]:
-    """The baselines that are in the folder, and the policies of a user's losses."""
-    baselines, stages = [], []
-    for setup in setups:
-        baselines += load_baselines(setup)
-        settings = dict.fromkeys(losses, setup.cfg.betas)
-        stages += policy_stages(setup, settings, losses)
-    return baselines + setups[0].stages.get_all(stages, report=True)
 
 
 def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Config,
@@ -770,21 +648,24 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
     for setup in setups:    # first, because all workers can share it
         reference_completions(setup, "train", cfg.prompts)
         if rank == 0 and not pair_texts:
-            export_preferences(setup, overwrite=not losses)
-    runs = train_losses(setups, losses) if losses else train_sweep(setups)
+            write_preferences(setup, overwrite=not losses)
+    policies = train_losses(setups, losses) if losses else train_sweep(setups)
     if losses:    # the optimum is that of the baselines, which are trained on pi_ref's pairs
         setups = [setup._replace(user_pairs=None) for setup in setups]
-    optimum = frontier.mean_optimum({
-        setup.seed: estimate_optimum(setup, choose_proposals(setup, runs)) for setup in setups})
-    measured = [] if losses else measure_figures(setups[0], runs)
+    optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, policies)
+                                     for setup in setups})
+    measured = [] if losses else measure_figures(setups[0], policies)
+    runs = [policy.value for policy in policies]
     failures = [run["failure"] for run in runs if run["failure"]]
     if args.study:
-        gap_rows, gap_failures = study(setups[0], runs)
+        gap_rows, gap_failures = gap.study(setups[0], policies, train_variant)
         measured, failures = measured + gap_rows, failures + gap_failures
     if rank > 0:
         return 0
     measured += figures.earlier_rows(out, optimum, measured)
-    rows = collect_rows(setups, runs, measured, optimum)
+    rows = [reference_row(setup) for setup in setups]
+    rows += [row for run in runs for row in run["rows"]]
+    rows = tables.complete_rows(rows, measured, optimum, dataclasses.asdict(cfg))
     if not losses:    # with --loss, an earlier command's costs stay
         measured = [row for row in measured if row["figure"] != "cost"]
         measured += cost.compute_costs(rows, optimum, stages.seconds)

@@ -9,6 +9,9 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+import data
+from harness import Stage
+
 matplotlib.use("Agg")    # write files, never open a window
 import matplotlib.pyplot as plt    # noqa: E402 (after the backend is chosen)
 
@@ -75,6 +78,13 @@ def policy_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None
     return nearest and {name: nearest[name] for name in names}
 
 
+def evaluation_prompts(setup) -> tuple[Tensor, Tensor]:
+    """The prompts of every evaluation, from held-out reviews: ids (X, P), lengths (X,)."""
+    texts = setup.corpus[setup.cfg.split][:setup.cfg.eval_prompts]
+    prompts = data.make_prompts(setup.encoding, texts, data.named_rng("evaluation", setup.cfg.seed))
+    return tuple(p.to(setup.device) for p in prompts)
+
+
 REFERENCE = {"method": "sft", "setting": 0., "step": 0, "kl": 0., "state": {}}    # like a policy
 
 
@@ -83,6 +93,11 @@ def load_policy(setup, state: dict) -> nn.Module:
     policy = copy.deepcopy(setup.ref)
     policy.load_state_dict(state or setup.ref.state_dict())
     return policy
+
+
+def load_finished_policy(setup, policy: Stage) -> nn.Module:
+    """The finished policy of a stage of train.py."""
+    return load_policy(setup, policy.value["checkpoints"][-1])
 
 
 def short_label(method: str) -> str:

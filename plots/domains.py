@@ -14,7 +14,7 @@ import data
 import dpo
 from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
                    short_label)
-from plots.frontier import estimate, sample_mixture, sample_reward_and_kl
+from plots.frontier import estimate, sample_mixture, sample_rewards
 from plots.winrate import policies_to_compare, review_prompts, win_probability
 
 DOMAINS = {"film": "films (trained on)", "restaurant": "restaurants (never trained on)"}
@@ -34,7 +34,7 @@ def reviews(setup, domain: str) -> list[str]:
 def evaluate(setup, policy: dict, model, domain: str, prompts, review_reward) -> dict:
     """Win rate, true reward and KL of a policy on the prompts of a domain, with standard errors."""
     generator = data.named_generator("domains", setup.cfg.seed, domain, device=setup.device)
-    reward, kl = sample_reward_and_kl(setup, model, prompts, SAMPLES, generator)
+    reward, kl, _ = sample_rewards(setup, model, prompts, SAMPLES, generator)
     wins = win_probability(reward, review_reward)
     row = {"figure": "domains", "method": policy["method"], "setting": policy["setting"],
            "step": policy["step"], "domain": domain}

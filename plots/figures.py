@@ -28,7 +28,7 @@ FROM_POLICIES = {    # measure(setup, runs) -> rows, each with "figure": this na
     "degeneration": degeneration,
     "samples": samples,
 }
-FROM_ROWS = {    # from rows that cost.py and train.study make: draw(rows, path)
+FROM_ROWS = {    # from rows that `compute_costs` and `study` make: draw(rows, path)
     "cost": cost,
     "gap": gap,
 }

@@ -8,8 +8,9 @@ from torch import Tensor
 
 import data
 import dpo
+from harness import PARTS, Stage, cached, part_numbers
 from model import GPT, batched_sequence_logp, generate, map_batches, response_kl
-from plots import MIN_ESS, plt, save, style
+from plots import MIN_ESS, evaluation_prompts, load_finished_policy, plt, save, style
 
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
 BEST_OF_N = "best_of_n", "best_of_n_gt"
@@ -43,17 +44,19 @@ def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], s
     return by_prompt(ids), by_prompt(mask), by_prompt(reward), by_prompt(log_weight)
 
 
-def sample_reward_and_kl(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
-                         generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """True reward and KL(pi || pi_ref), nats, of `samples` responses to each of X prompts.
+def sample_rewards(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
+                   generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """True reward, KL(pi || pi_ref) in nats, and length in tokens of a policy's responses.
 
-    -> two tensors (X, samples) on the CPU.
+    The policy samples `samples` responses to each of X prompts. -> three tensors (X, samples) on
+    the CPU, for `mean_and_se`.
     """
     ids, mask = generate(policy, prompts, samples, setup.cfg.max_tokens,
                          setup.encoding.eot_token, generator)
     reward = data.true_reward(setup.encoding, ids, mask)
     kl = map_batches(partial(response_kl, policy, setup.ref), ids, mask)
-    return reward.view(-1, samples).cpu(), kl.view(-1, samples).cpu()
+    length = mask.sum(1).float()
+    return tuple(x.view(-1, samples).cpu() for x in (reward, kl, length))
 
 
 def estimate(reward: Tensor, log_weight: Tensor) -> dict:
@@ -61,6 +64,45 @@ def estimate(reward: Tensor, log_weight: Tensor) -> dict:
     ref_reward = (log_weight.softmax(1) * reward).sum(1).mean().item()
     betas = torch.logspace(-3.5, 1.5, 200)
     return {**dpo.optimal_frontier(reward, betas, log_weight), "ref_reward": ref_reward}
+
+
+def choose_proposals(setup, policies: list[Stage]) -> tuple[Stage, ...]:
+    """The policies that sample for the optimum besides pi_ref: PPO-GT, and DPO's two farthest.
+
+    `policies` are stages of train.py, whose values say how they were trained.
+    """
+    finished = [policy for policy in policies
+                if policy.setup.seed == setup.seed and not policy.value["failure"]]
+    finished.sort(key=lambda policy: policy.value["setting"])
+    ppo_gt = [policy for policy in finished if policy.value["method"] == "ppo_gt"]
+    dpo_by_beta = [policy for policy in finished if policy.value["method"] == "dpo"]
+    return (*ppo_gt, *dpo_by_beta[:2])    # a small beta goes far
+
+
+@cached
+def sample_optimum(setup, part: int, proposals: tuple[Stage, ...]) -> tuple[Tensor, Tensor]:
+    """Rewards and log weights of `sample_mixture`, for one part of the evaluation prompts.
+
+    pi_ref and the finished policies of `proposals` sample.
+    """
+    policies = [setup.ref] + [load_finished_policy(setup, policy) for policy in proposals]
+    prompts = tuple(p.chunk(PARTS)[part] for p in evaluation_prompts(setup))
+    generator = data.named_generator("optimum", setup.cfg.seed, part, device=setup.device)
+    *_, reward, log_weight = sample_mixture(setup, policies, prompts, setup.cfg.optimum_samples,
+                                            generator)
+    return reward, log_weight
+
+
+def estimate_optimum(setup, policies: list[Stage]) -> dict:
+    """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean.
+
+    It is estimated from samples of pi_ref, and of some of the policies, which reach further.
+    """
+    proposals = choose_proposals(setup, policies)
+    samples = setup.stages.get_all([Stage(sample_optimum, setup, part, proposals)
+                                    for part in part_numbers(setup.cfg.eval_prompts)])
+    reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
+    return estimate(reward, log_weight)
 
 
 def mean_optimum(optima: dict[int, dict]) -> dict:

@@ -4,12 +4,17 @@ Left: the share of the optimal gain of DPO with one thing changed at a time: the
 rounds from the policy itself, or the network is twice as wide (with half the learning rate).
 Right: where each policy spends its nats, by the role of the token (plots/nats.py), at KL near 2.
 """
+from typing import Callable
+
 import torch
 from torch import Tensor
 
 import data
+import dpo
+from harness import Stage, cached
 from model import batched_sequence_logp, generate
-from plots import STYLE, mean_and_se, nats, plt, save, short_label
+from plots import (STYLE, evaluation_prompts, frontier, load_finished_policy, mean_and_se, nats,
+                   plt, save, short_label, tables)
 
 PAPER = "one round (the paper)"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
@@ -29,11 +34,11 @@ SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ra
 
 def variants(cfg) -> dict[str, tuple[dict, dict]]:
     """name -> (fields of the configuration to change, methods with the settings to train)."""
-    dpo = {"dpo": cfg.betas[:3]}
-    found = {PAPER: (dict(rounds=1), {**dpo, "ppo_gt": cfg.kl_targets})}
+    settings = {"dpo": cfg.betas[:3]}
+    found = {PAPER: (dict(rounds=1), {**settings, "ppo_gt": cfg.kl_targets})}
     for rounds in (4, 16):
-        found[f"{rounds} rounds"] = dict(rounds=rounds), dpo
-    found["twice as wide"] = dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), dpo
+        found[f"{rounds} rounds"] = dict(rounds=rounds), settings
+    found["twice as wide"] = dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings
     return found
 
 
@@ -65,25 +70,70 @@ def agreement(implied: Tensor, reward: Tensor) -> Tensor:
     return ((alike & differs).sum(1)[pairs > 0] / pairs[pairs > 0])[:, None]
 
 
-def measure_policy(setup, variant: str, policy: dict, model) -> dict:
-    """The row of a policy: its nats by role, and the rank accuracy of the reward it implies."""
-    row = {"figure": "gap", "panel": "nats", "variant": variant,
-           **{name: policy[name] for name in ("method", "setting", "step")}}
-    row.update(nats.policy_nats(setup, model, policy["method"], variant))
+@cached
+def measure_policy(setup, variant: str, policy: Stage) -> dict:
+    """The row of a finished policy: its nats by role, and the accuracy of the reward it implies."""
+    setup = setup._replace(eval_prompts=evaluation_prompts(setup))
+    model, final = load_finished_policy(setup, policy), policy.value["rows"][-1]
+    method = final["method"]
+    row = {"figure": "gap", "panel": "nats", "variant": variant, "method": method,
+           "setting": final["setting"], "step": final["step"]}
+    row.update(nats.policy_nats(setup, model, method, variant))
     for name, sampler in (("ref", setup.ref), ("own", model)):
-        accuracy, error = rank_accuracy(setup, model, sampler, name, policy["method"], variant)
+        accuracy, error = rank_accuracy(setup, model, sampler, name, method, variant)
         row.update({f"accuracy_{name}": accuracy, f"accuracy_{name}_se": error})
     return row
 
 
-def policies_to_measure(runs: list[dict]) -> list[dict]:
-    """The rows of results of each method's finished policy whose KL is nearest to 2, if any."""
-    policies = []
-    for method in dict.fromkeys(run["method"] for run in runs):
-        finished = [row for run in runs if run["method"] == method
-                    for row in run["rows"] if row["final"]]
-        policies += sorted(finished, key=lambda row: abs(row["kl"] - KL))[:1]
-    return policies
+@cached
+def measure_optimum(setup, beta: float, proposals: tuple[Stage, ...]) -> dict:
+    """The row of the optimum at a price beta.
+
+    It is measured on the first 64 prompts, because rollouts from every prefix are slow.
+    """
+    setup = setup._replace(eval_prompts=tuple(p[:64] for p in evaluation_prompts(setup)))
+    policies = [setup.ref] + [load_finished_policy(setup, policy) for policy in proposals]
+    return {"figure": "gap", "panel": "nats", "variant": "", "method": "optimum", "setting": beta,
+            "step": 0, **nats.optimum_nats(setup, policies, beta)}
+
+
+def policies_to_measure(policies: list[Stage]) -> list[Stage]:
+    """The finished policy of each method whose KL is nearest to 2, if any."""
+    nearest = {}    # method -> policy
+    for policy in policies:
+        method, rows = policy.value["method"], policy.value["rows"]
+        if rows and rows[-1]["final"]:
+            others = [nearest[method]] if method in nearest else []
+            nearest[method] = min([*others, policy],
+                                  key=lambda policy: abs(policy.value["rows"][-1]["kl"] - KL))
+    return list(nearest.values())
+
+
+def study(setup, policies: list[Stage], train_variant: Callable) -> tuple[list[dict], list[dict]]:
+    """The rows of the figure, and the failed runs.
+
+    `policies` are those of the sweep. train_variant(setup, fields, settings) -> setup and policies
+    of a configuration with some fields changed.
+    """
+    rows, failures, measurements = [], [], []
+    optimum = frontier.estimate_optimum(setup, policies)
+    for variant, (fields, settings) in variants(setup.cfg).items():
+        changed, trained = train_variant(setup, fields, settings)
+        finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
+                    for policy in trained for row in policy.value["rows"] if row["final"]]
+        curve = optimum    # a wider network is another pi_ref, and has another optimum
+        if changed.key != setup.key:
+            curve = frontier.estimate_optimum(changed, trained)
+        tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
+        rows += finished
+        failed = [policy.value["failure"] for policy in trained if policy.value["failure"]]
+        failures += [{**failure, "reason": f"{variant}: {failure['reason']}"} for failure in failed]
+        measurements += [Stage(measure_policy, changed, variant, policy)
+                         for policy in policies_to_measure(trained)]
+    _, beta, _ = dpo.optimal_reward(KL, optimum)    # the slope of the frontier is its beta
+    proposals = frontier.choose_proposals(setup, policies)
+    measurements.append(Stage(measure_optimum, setup, beta, proposals))
+    return rows + setup.stages.get_all(measurements, report=True), failures
 
 
 # ---------------------------------------------------------------------------------------- drawing

@@ -16,7 +16,7 @@ import data
 import dpo
 from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
                    short_label)
-from plots.frontier import estimate, sample_mixture, sample_reward_and_kl
+from plots.frontier import estimate, sample_mixture, sample_rewards
 from plots.winrate import policies_to_compare
 
 KL = 2.                 # nats, of the optimum in the left panel
@@ -58,7 +58,7 @@ def share_rows(setup, policy: dict, model, prompts: tuple[Tensor, Tensor],
     """A row for each group of prompts: reward, KL, share of the optimal gain of a policy."""
     generator = data.named_generator("seen prompts", setup.cfg.seed, policy["method"],
                                      device=setup.device)
-    reward, kl = sample_reward_and_kl(setup, model, prompts, SAMPLES, generator)
+    reward, kl, _ = sample_rewards(setup, model, prompts, SAMPLES, generator)
     rows = []
     for group, members in groups.items():
         row = {"figure": "prompts", "panel": "share", "group": group, "prompts": int(members.sum()),

@@ -53,11 +53,33 @@ def above_optimum(rows: list[dict], optimum: dict) -> list[dict]:
     return found
 
 
+def complete_rows(rows: list[dict], measured: list[dict], optimum: dict, config: dict) -> list[dict]:
+    """The rows of results.jsonl: those of SFT and of training, with Best-of-N, shares and config."""
+    for row in measured:
+        if row["figure"] == "best_of_n" and row["setting"] > 1:    # Best-of-1 is SFT
+            rows = rows + [{name: x for name, x in row.items() if name != "figure"}]
+    rows = [{**row, "config": config} for row in rows]
+    methods = list(style(row["method"] for row in rows))    # in the order of the legend
+    rows.sort(key=lambda row: methods.index(row["method"]))
+    add_shares(rows, optimum)
+    return rows
+
+
 def share_cells(row: dict) -> str:
     """The cells "share" and "+-" of a table, 13 characters; dashes if the share is not known."""
     if row["share"] is None:
         return f"{'-':>7}{'-':>6}"
     return f"{row['share']:>7.0%}{row['share_se']:>6.0%}"
+
+
+def print_row(row: dict, steps: int) -> None:
+    """Print a row of results, and how many seconds of training are left."""
+    names = ("method", "setting", "seed", "step", "final", "seconds")
+    numbers = {name: x for name, x in row.items() if name not in names and name[-3:] != "_se"}
+    left = row["seconds"] / row["step"] * (steps - row["step"])
+    print("{method} {setting:g} seed {seed}, step {step}".format(**row),
+          f"of {steps}, {row['seconds']:.0f} s, about {left:.0f} s left:",
+          *(f"{name} {x:.3g} " for name, x in numbers.items()), flush=True)
 
 
 def table_of_policies(rows: list[dict]) -> str:

@@ -136,7 +136,7 @@ def dpo_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict[str, int]]:
     count = len(ids) // batch * batch    # so that all batches have the same size
     reward = torch.rand(count, generator=named_generator("reward")).view(-1, k)
     generator = named_generator("labels")
-    winner, loser, _ = data.label_pairs(reward, "deterministic", shape.tau, generator)
+    winner, loser = data.label_pairs(reward, "deterministic", shape.tau, generator)
     pairs = data.Preferences(ids[:count], mask[:count], torch.zeros(count), winner, loser, k)
     user_pairs = harness.UserPairs("", pairs)
     setup = SimpleNamespace(cfg=shape, device=device, user_pairs=user_pairs)

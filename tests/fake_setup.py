@@ -7,7 +7,6 @@ known without the code under test.
 
 A setup belongs to one seed, as in train.py. Setups of several seeds may share their stages.
 """
-import inspect
 import math
 from types import SimpleNamespace
 
@@ -40,22 +39,28 @@ class Stages:
         self.values = {}
         self.watched = []
 
-    def get(self, setup, function, arguments):
+    def get(self, stage):
         """Return the value of a stage."""
-        function = inspect.unwrap(function)
-        key = function, setup.seed, arguments
+        key = stage.function, stage.setup.seed, stage.arguments
         if key not in self.values:
-            self.values[key] = function(setup, *arguments)
+            self.values[key] = stage.function(stage.setup, *stage.arguments)
         return self.values[key]
 
     def get_all(self, stages, report=False):
-        """Return the values of several stages (function, setup, *arguments)."""
-        return [self.get(setup, function, tuple(arguments))
-                for function, setup, *arguments in stages]
+        """Return the values of several stages."""
+        return [stage.value for stage in stages]
 
     def watch(self, row):
         """Record a row of a run that is not finished yet."""
         self.watched.append(row)
+
+
+class FakePolicy:
+    """A stage of `train.train_policy` whose value is there: a run with its last checkpoint."""
+    def __init__(self, method="dpo", setting=1., seed=SEED, failure=None, state=None):
+        self.setup = SimpleNamespace(seed=seed)
+        self.value = {"method": method, "setting": setting, "seed": seed, "failure": failure,
+                      "rows": [], "checkpoints": [{"no": "parameters"}, state]}
 
 
 def fake_setup(ref=None, corpus=None, preferences=None, **fields):

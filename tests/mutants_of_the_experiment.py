@@ -47,7 +47,7 @@ def restaurants_left_out(original, setup, films=None, restaurants=None):
 
 
 @plant("the prompts of training are those of the evaluation",
-       "train.make_prompts",
+       "train.prompts_of_split",
        "completions_are_responses_of_pi_ref_to_the_first_prompts_in_order",
        "ppo_gets_the_train_prompts_its_score_and_its_target")
 def training_on_evaluation_prompts(original, setup, split, *arguments):
@@ -229,7 +229,7 @@ def evaluation_on_train_prompts(original, setup):
        "train.evaluate",
        "evaluations_agree_with_enumeration")
 def evaluated_at_a_lower_temperature(original, *arguments):
-    with mock.patch("train.generate", partial(model.generate, temperature=.7)):
+    with mock.patch("plots.frontier.generate", partial(model.generate, temperature=.7)):
         return original(*arguments)
 
 

@@ -1,5 +1,6 @@
 """Planted bugs of the optimum (Eq. 3, Eq. 4) and of its frontier. See mutants.py."""
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -237,15 +238,17 @@ def errors_of_seeds_averaged(original, optima):
 
 
 @plant("the policies of every seed sample for the optimum of each",
-       "train.choose_proposals",
-       "pi_ref_is_joined_by_the_finished_policies_of_its_own_seed",
+       "train.frontier.choose_proposals",
        "the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas")
-def proposals_of_all_seeds(original, setup, runs):
-    return original(setup, [{**run, "seed": setup.seed} for run in runs])
+def proposals_of_all_seeds(original, setup, policies):
+    return original(setup, [SimpleNamespace(setup=setup, value=policy.value)
+                            for policy in policies])
 
 
 @plant("policies of failed runs sample for the optimum",
-       "train.choose_proposals",
-       "pi_ref_is_joined_by_the_finished_policies_of_its_own_seed")
-def proposals_that_failed(original, setup, runs):
-    return original(setup, [{**run, "failure": None} for run in runs])
+       "train.frontier.choose_proposals",
+       "the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas")
+def proposals_that_failed(original, setup, policies):
+    return original(setup, [SimpleNamespace(setup=policy.setup,
+                                            value={**policy.value, "failure": None})
+                            for policy in policies])

@@ -220,17 +220,17 @@ def bradley_terry_of_ratios(original, r_1, r_2):
 
 @plant("labels swap winner and loser",
        "data.label_pairs",
-       "the_higher_reward_wins_and_ties_are_dropped_and_counted",
+       "the_higher_reward_wins_and_ties_are_dropped",
        "labels_follow_bradley_terry_at_their_temperature",
        "the_labels_of_a_prompt_compare_its_completions_by_the_true_reward")
 def labels_swapped(original, *arguments):
-    winner, loser, ties = original(*arguments)
-    return loser, winner, ties
+    winner, loser = original(*arguments)
+    return loser, winner
 
 
 @plant("ties are kept, and the earlier response wins",
        "data.label_pairs",
-       "the_higher_reward_wins_and_ties_are_dropped_and_counted",
+       "the_higher_reward_wins_and_ties_are_dropped",
        "completions_that_all_tie_are_no_preferences")
 def ties_kept(original, reward, *arguments):
     tie_breaker = 1e-9 * torch.arange(reward.shape[1])

@@ -53,13 +53,13 @@ def test_foreign_files_in_the_folder_are_no_runs(tmp_path, monkeypatch):
         (tmp_path / f"train-policy-{name}").touch()
 
     def requested_runs(stages, requested):
-        """Replaces `Stages.load_all`, which would load the runs."""
-        return [run for _, _, run, *_ in requested]
+        """Replaces `Stages.select_finished`, which would load the runs."""
+        return [run for run, *_ in (stage.arguments for stage in requested)]
 
-    monkeypatch.setattr(harness.Stages, "load_all", requested_runs)
+    monkeypatch.setattr(harness.Stages, "select_finished", requested_runs)
     stages = harness.Stages(tmp_path, store=None)
     setup = train.Setup(train.Config(), 0, stages, "cpu", "", None, None, None)
-    assert train.load_baselines(setup) == [train.Run("dpo", 2.)]
+    assert train.find_baselines(setup) == [train.Run("dpo", 2.)]
 
 
 # ------------------------------------------------------------------------------------- --loss files

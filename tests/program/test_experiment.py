@@ -264,7 +264,8 @@ def test_a_loss_that_fails_late_ends_its_own_run_alone(copy, tmp_path):
 # ------------------------------------------------------------------------------ the configuration
 def test_every_field_of_the_configuration_is_read():
     """The code of the experiment reads every field: a flag without effect would mislead."""
-    code = "".join((ROOT / name).read_text("utf-8") for name in ("train.py", "ppo.py"))
+    code = "".join((ROOT / name).read_text("utf-8")
+                   for name in ("train.py", "ppo.py", "plots/__init__.py", "plots/frontier.py"))
     unread = [field.name for field in dataclasses.fields(train.Config)
               if not re.search(rf"cfg\.{field.name}\b", code)]
     assert not unread, f"no code reads {unread}"

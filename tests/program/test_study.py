@@ -13,46 +13,46 @@ DEFAULT = train.Config()
 CHANGED_FIELDS = [set(), {"rounds"}, {"rounds"}, {"width", "lr"}]
 
 
-def fake_runs(setup, settings):
+def fake_policies(setup, settings):
     """One finished run of each method; with a wider network they all diverge."""
-    if setup.cfg.width > DEFAULT.width:
-        return [{"method": method, "setting": 1., "seed": 0, "rows": [], "checkpoints": [],
-                 "failure": {"method": method, "reason": "loss not finite"}}
-                for method in settings]
-    row = {"setting": 1., "seed": 0, "step": 8, "reward": .6, "reward_se": .01, "kl": 1.,
-           "kl_se": .1, "final": True}
-    return [{"method": method, "setting": 1., "seed": 0, "rows": [{"method": method, **row}],
-             "checkpoints": [{}], "failure": None} for method in settings]
+    policies = []
+    for method in settings:
+        rows, failure = [], None
+        if setup.cfg.width > DEFAULT.width:
+            failure = {"method": method, "reason": "loss not finite"}
+        else:
+            rows = [{"method": method, "setting": 1., "seed": 0, "step": 8, "reward": .6,
+                     "reward_se": .01, "kl": 1., "kl_se": .1, "final": True}]
+        value = {"method": method, "rows": rows, "failure": failure}
+        policies.append(SimpleNamespace(setup=setup, value=value))
+    return policies
 
 
 @pytest.fixture
 def study(monkeypatch):
-    """The rows, failures, configurations and optima of a study without training."""
-    configurations, optima = [], []
+    """The rows, failures and configurations of a study without training."""
+    configurations = []
 
-    def get_all(stages, report):
-        return [{"panel": "nats"} if isinstance(stage, tuple) else stage for stage in stages]
+    def get_all(stages, report=False):
+        return [{"panel": "nats"} for _ in stages]
 
     def prepare(cfg, seed, stages, device):
         configurations.append(dataclasses.asdict(cfg))
         return SimpleNamespace(cfg=cfg, seed=seed, stages=stages, key=f"pi_ref {cfg.width}")
-
-    def estimate_optimum(setup, proposals):
-        optima.append(setup.key)
-        return {"key": setup.key}
 
     def add_shares(rows, optimum):
         for row in rows:
             row["optimum"] = optimum["seeds"]["0"]["key"]
 
     monkeypatch.setattr(train, "prepare", prepare)
-    monkeypatch.setattr(train, "policy_stages", fake_runs)
-    monkeypatch.setattr(train, "estimate_optimum", estimate_optimum)
-    monkeypatch.setattr(train.tables, "add_shares", add_shares)
-    monkeypatch.setattr(train.dpo, "optimal_reward", lambda kl, optimum: (.9, .06, 0.))
+    monkeypatch.setattr(train, "policy_stages", fake_policies)
+    monkeypatch.setattr(gap.frontier, "estimate_optimum", lambda setup, _: {"key": setup.key})
+    monkeypatch.setattr(gap.frontier, "choose_proposals", lambda setup, _: ())
+    monkeypatch.setattr(gap.tables, "add_shares", add_shares)
+    monkeypatch.setattr(gap.dpo, "optimal_reward", lambda kl, optimum: (.9, .06, 0.))
     setup = SimpleNamespace(cfg=DEFAULT, seed=0, device="cpu", key="pi_ref 64",
                             stages=SimpleNamespace(get_all=get_all))
-    rows, failures = train.study(setup, [])
+    rows, failures = gap.study(setup, [], train.train_variant)
     return rows, failures, configurations
 
 

@@ -46,7 +46,7 @@ def make_preferences(encoding):
 def export(path, encoding):
     """Write `make_preferences` to a file as a run does, and return them."""
     preferences = make_preferences(encoding)
-    harness.write_jsonl(path, data.export_preferences(encoding, preferences))
+    harness.write_jsonl(path, harness.export_preferences(encoding, preferences))
     return preferences
 
 

@@ -85,7 +85,7 @@ def test_an_evaluation_is_a_mean_over_responses_with_the_error_of_the_prompts_me
         start = torch.tensor([len(x) for x in prompts]).repeat_interleave(samples)
         return ids, (columns >= start[:, None]) & (columns < end[:, None])
 
-    with mock.patch.object(train, "generate", generate):
+    with mock.patch.object(train.frontier, "generate", generate):
         result = train.evaluate(setup, policy, samples, "name", 7)
     reward = [[true_reward(x + y) for y in ys] for x, ys in zip(prompts, responses)]
     kl = [[token_kls(policy, setup.ref, x, y) for y in ys] for x, ys in zip(prompts, responses)]
@@ -125,7 +125,7 @@ def test_evaluations_agree_with_enumeration():
     assert (deviation.abs() < 4).all(), \
         f"reward, KL and length are {deviation.tolist()} standard errors from their enumerated " \
         "values"
-    agree(train.evaluate_reference(setup)["kl"], 0., "the KL of pi_ref to itself must be 0")
+    agree(train.reference_row(setup)["kl"], 0., "the KL of pi_ref to itself must be 0")
 
 
 # ----------------------------------------------------------------------- when a policy is evaluated

@@ -16,6 +16,7 @@ import harness
 import ppo
 import train
 from fake_setup import SEED, reviews
+from plots import frontier
 from test_log_probabilities import long_gpt
 from test_stages_before_training import setup_of, sft_inputs
 from world import V
@@ -58,7 +59,7 @@ def test_no_two_parts_or_splits_share_random_numbers():
     assert len(states) == len(made) == 4 * 7, \
         f"{len(made)} generators make {len(states)} different random numbers, not 28"
     with recorded_generators() as made:
-        train.estimate_optimum(setup_of(2, eval_prompts=4, optimum_samples=2), ())
+        frontier.estimate_optimum(setup_of(2, eval_prompts=4, optimum_samples=2), [])
     assert len({state for _, state in made}) == 1 + 4, \
         "the parts of the prompts of the optimum must not share random numbers"
 
@@ -93,8 +94,8 @@ def run_all_stages(seed):
             train.make_corpus(setup, domain)
         sft_inputs(setup)
         train.fit_reward_model(setup)
-        train.estimate_optimum(setup, ())
-        train.evaluate_reference(setup)
+        frontier.estimate_optimum(setup, [])
+        train.reference_row(setup)
         train.evaluate(setup, setup.ref, 2, *train.Run("dpo", 1.), 7)
         _, steps = train.train_on_pairs(one_round, long_gpt(), train.Run("dpo", 1.), dpo.dpo_loss)
         next(steps)
@@ -131,9 +132,9 @@ def things_of_a_seed(setup):
     return {"seed": (setup.seed, setup.cfg.seed), "key": setup.key, "corpus": setup.corpus,
             "tokenizer": tokens,
             "pi_ref": [p.tolist() for p in setup.ref.parameters()],
-            "train prompts": train.make_prompts(setup, "train", 20)[0].tolist(),
+            "train prompts": train.prompts_of_split(setup, "train", 20)[0].tolist(),
             "evaluation prompts": train.evaluation_prompts(setup)[0].tolist(),
-            "evaluation": train.evaluate_reference(setup)}
+            "evaluation": train.reference_row(setup)}
 
 
 def test_each_seed_has_a_corpus_a_tokenizer_a_pi_ref_and_prompts_of_its_own(tmp_path):

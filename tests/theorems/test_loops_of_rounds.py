@@ -44,7 +44,7 @@ def setup_of_rounds(prompts, rounds, **fields):
 
 def prompts_as_lists(setup):
     """All train prompts of a setup, as lists of tokens."""
-    ids, lengths = train.make_prompts(setup, "train", setup.cfg.prompts)
+    ids, lengths = train.prompts_of_split(setup, "train", setup.cfg.prompts)
     return [row[:n] for row, n in zip(ids.tolist(), lengths.tolist())]
 
 

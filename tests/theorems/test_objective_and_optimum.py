@@ -51,7 +51,7 @@ def test_labels_drawn_by_the_code_follow_bradley_terry_at_reward_over_tau():
     tau = .4
     prompts = 40_000
     reward = torch.tensor([.15, .8, .5], dtype=torch.float64)
-    winner, loser, _ = data.label_pairs(reward.expand(prompts, 3), "bt", tau, world.generator(3))
+    winner, loser = data.label_pairs(reward.expand(prompts, 3), "bt", tau, world.generator(3))
     wins = torch.bincount(3 * (winner % 3) + loser % 3, minlength=9).view(3, 3).double()
 
     i, j = torch.triu_indices(3, 3, 1)

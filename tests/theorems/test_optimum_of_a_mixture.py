@@ -11,9 +11,8 @@ import torch
 
 import data
 import dpo
-import train
 import world
-from fake_setup import SEED, numbers
+from fake_setup import SEED, FakePolicy, numbers
 from plots import frontier
 from test_best_of_n import listed_index
 from test_frontier import BETAS, TOTAL, enumerable_task, listed_optimum, mean_reward_and_kl
@@ -273,31 +272,6 @@ def test_the_mean_over_seeds_is_the_frontier_of_the_prompts_of_all_seeds():
 
 
 # ------------------------------------------------------- the policies that sample beside pi_ref
-def test_pi_ref_is_joined_by_the_finished_policies_of_its_own_seed():
-    """All PPO-GT policies of the seed, and DPO's two of the smallest beta, sample for its optimum.
-
-    Failed runs and those of other seeds do not.
-    """
-    runs = []
-    for seed in (1, 2):
-        for method, settings in {"dpo": (4., .5, 1., 2., .1), "ppo": (1.,), "ppo_gt": (1., 3., 2.),
-                                 "unlikelihood": (.1,)}.items():
-            runs += [{"method": method, "setting": setting + seed / 8, "seed": seed,
-                      "failure": None} for setting in settings]
-    failed = [("dpo", .35), ("ppo_gt", 3.25)]
-    for run in runs:
-        if (run["method"], run["setting"]) in failed:
-            run["failure"] = {"reason": "loss not finite"}
-    proposals = train.choose_proposals(SimpleNamespace(seed=2), runs)
-    assert set(proposals) == {("ppo_gt", 1.25), ("ppo_gt", 2.25), ("dpo", .75), ("dpo", 1.25)}, \
-        f"these policies must not sample for the optimum of seed 2: {proposals}"
-
-
-def run_result(method="dpo", setting=1., seed=SEED, failure=None):
-    """What `train.train_policy` returns of a run, as far as the proposals read it."""
-    return {"method": method, "setting": setting, "seed": seed, "failure": failure}
-
-
 def test_the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas():
     """Of a seed's finished runs, all of PPO-GT and the two of DPO that are farthest from pi_ref.
 
@@ -305,16 +279,19 @@ def test_the_proposals_are_ppo_gt_and_dpo_at_its_two_smallest_betas():
     seeds, and failed ones are left out.
     """
     failure = {"step": 3, "reason": "loss not finite"}
-    runs = [run_result("dpo", 2.), run_result("ppo", 1.), run_result("ppo_gt", 4.),
-            run_result("dpo", .1, failure=failure), run_result("dpo", .5, seed=SEED + 1),
-            run_result("ppo_gt", 1.), run_result("ppo_gt", 2., failure=failure),
-            run_result("dpo", .7), run_result("unlikelihood", .1), run_result("dpo", 1.),
-            run_result("preferred_ft", 0.), run_result("my_loss", .2)]
+    policies = [FakePolicy("dpo", 2.), FakePolicy("ppo", 1.), FakePolicy("ppo_gt", 4.),
+                FakePolicy("dpo", .1, failure=failure), FakePolicy("dpo", .5, seed=SEED + 1),
+                FakePolicy("ppo_gt", 1.), FakePolicy("ppo_gt", 2., failure=failure),
+                FakePolicy("dpo", .7), FakePolicy("unlikelihood", .1), FakePolicy("dpo", 1.),
+                FakePolicy("preferred_ft", 0.), FakePolicy("my_loss", .2)]
     setup = setup_of(2)
-    expected = {("ppo_gt", 1.), ("ppo_gt", 4.), ("dpo", .7), ("dpo", 1.)}
-    found = train.choose_proposals(setup, runs)
-    assert len(found) == 4 and set(found) == expected, f"the proposals are {found}"
-    assert train.choose_proposals(setup, []) == (), "without runs, pi_ref alone samples"
-    one_dpo = [run_result("dpo", 3.)]
-    assert train.choose_proposals(setup, one_dpo) == (("dpo", 3.),), \
-        "one run of DPO is a proposal, too"
+
+    def chosen(policies):
+        proposals = frontier.choose_proposals(setup, policies)
+        return sorted((policy.value["method"], policy.value["setting"]) for policy in proposals)
+
+    found = chosen(policies)
+    assert found == [("dpo", .7), ("dpo", 1.), ("ppo_gt", 1.), ("ppo_gt", 4.)], \
+        f"the proposals are {found}"
+    assert chosen([]) == [], "without runs, pi_ref alone samples"
+    assert chosen([FakePolicy("dpo", 3.)]) == [("dpo", 3.)], "one run of DPO is a proposal, too"

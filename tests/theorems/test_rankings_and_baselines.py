@@ -271,7 +271,7 @@ def deterministic_pairs(r):
 
     r (X, N) -> winner and loser, indices into the flat table (X * N,).
     """
-    winner, loser, _ = data.label_pairs(r, "deterministic", .7, world.generator(0))
+    winner, loser = data.label_pairs(r, "deterministic", .7, world.generator(0))
     return winner, loser
 
 

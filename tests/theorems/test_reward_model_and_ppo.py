@@ -52,7 +52,7 @@ def labelled(count, seed):
     ids, mask = model.generate(world.gpt(seed=4), (prompts, lengths), 4, MAX_TOKENS, END,
                                world.generator(seed))
     reward = token_id_reward(ids, mask).view(count, 4)
-    winner, loser, _ = data.label_pairs(reward, "deterministic", 1., world.generator(seed))
+    winner, loser = data.label_pairs(reward, "deterministic", 1., world.generator(seed))
     return data.Preferences(ids, mask, torch.zeros(len(ids)), winner, loser, 4)
 
 

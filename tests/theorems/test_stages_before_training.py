@@ -2,7 +2,6 @@
 
 The tokens are sentences (fake_setup.py), so that the true reward of each text is known.
 """
-import contextlib
 import itertools
 import math
 from unittest import mock
@@ -16,7 +15,8 @@ import harness
 import ppo
 import train
 import world
-from fake_setup import Tokenizer, fake_setup, numbers, reviews, true_reward
+from fake_setup import FakePolicy, Tokenizer, fake_setup, numbers, reviews, true_reward
+from plots import frontier
 from test_log_probabilities import long_gpt
 from test_loops_of_rounds import table_of
 from test_loops_of_training import as_lists, logp_of
@@ -276,20 +276,6 @@ def listed_rewards(setup):
     return table_of(setup.ref, prompts), numbers(reward)
 
 
-@contextlib.contextmanager
-def trained_policies(states):
-    """Context in which the runs in `states` (run -> final parameters) have been trained.
-
-    Their earlier checkpoints hold no parameters, so loading one of them would fail.
-    """
-    def train_policy(setup, run, *trained_by):
-        assert trained_by == train.METHODS[run.method], "a run is trained as in METHODS"
-        return {"checkpoints": [{"no": "parameters"}, states[run]]}
-
-    with mock.patch.object(train, "train_policy", train_policy):
-        yield
-
-
 def assert_optimum_is_enumerated(setup, optimum):
     """Compare F with the reward of the enumerated pi* (Eq. 4) at the same KL, at several betas.
 
@@ -304,10 +290,11 @@ def assert_optimum_is_enumerated(setup, optimum):
             f"at beta {beta}, F is {deviation:.1f} standard errors from the reward of pi*"
 
 
-def sampled_optimum(setup, runs):
+def sampled_optimum(setup, policies):
     """The rewards and log weights of the samples for the optimum, (X, N) each, in float64."""
-    samples = [train.sample_optimum(setup, part, runs)
-               for part in train.part_numbers(setup.cfg.eval_prompts)]
+    proposals = frontier.choose_proposals(setup, policies)
+    samples = [frontier.sample_optimum(setup, part, proposals)
+               for part in harness.part_numbers(setup.cfg.eval_prompts)]
     return (torch.cat(x).double() for x in zip(*samples))
 
 
@@ -318,12 +305,12 @@ def test_the_optimum_of_the_evaluation_is_that_of_all_responses():
     enumerated mean reward of prompt i. All weights are 1.
     """
     setup = setup_of(2, eval_prompts=4, optimum_samples=3000)
-    optimum = train.estimate_optimum(setup, ())
+    optimum = frontier.estimate_optimum(setup, [])
     assert_optimum_is_enumerated(setup, optimum)
     logp, reward = listed_rewards(setup)
     mean = world.expectation(logp, reward)
     error = (world.expectation(logp, reward ** 2) - mean ** 2).sqrt() / 3000 ** .5
-    samples, log_weight = sampled_optimum(setup, ())
+    samples, log_weight = sampled_optimum(setup, [])
     assert samples.shape == (4, 3000), "there must be --optimum-samples responses to each prompt"
     agree(log_weight, torch.zeros(4, 3000), "samples of pi_ref alone have the weight 1")
     deviation = (samples.mean(1) - mean) / error
@@ -338,15 +325,15 @@ def test_the_optimum_of_the_evaluation_is_that_of_all_responses():
 def test_the_optimum_is_the_same_with_trained_policies_among_the_samplers():
     """With two proposals, F is still the reward of pi*: the samples are weighted for pi_ref.
 
-    The proposals are the finished policies of their runs, the last checkpoints. The weighted mean
+    The proposals are the finished policies of their runs, the last checkpoints; an earlier one
+    holds no parameters, so loading it would fail. The weighted mean
     reward of prompt i is pi_ref's enumerated one. No weight is above the number of policies.
     """
     setup = setup_of(2, eval_prompts=4, optimum_samples=1000)
-    runs = train.Run("ppo_gt", 1.), train.Run("dpo", .7)
-    states = {run: long_gpt(seed=10 + i).state_dict() for i, run in enumerate(runs)}
-    with trained_policies(states):
-        optimum = train.estimate_optimum(setup, runs)
-        reward, log_weight = sampled_optimum(setup, runs)
+    policies = [FakePolicy("ppo_gt", 1., state=long_gpt(seed=10).state_dict()),
+                FakePolicy("dpo", .7, state=long_gpt(seed=11).state_dict())]
+    optimum = frontier.estimate_optimum(setup, policies)
+    reward, log_weight = sampled_optimum(setup, policies)
     assert_optimum_is_enumerated(setup, optimum)
     assert reward.shape == (4, 3000), "each policy must give --optimum-samples responses"
     assert log_weight.max() <= math.log(3) + 1e-6, "pi_ref must be one of the three samplers"
