@@ -42,6 +42,16 @@ def not_rotated(original, x, table):
     return x
 
 
+@plant("all pairs of coordinates turn at the same frequency",
+       "model.rotary_table",
+       "each_pair_of_coordinates_turns_at_its_own_frequency")
+def one_frequency(original, positions, size):
+    half = size // 2
+    table = original(positions, 2)                                      # one pair
+    columns = [0] * half + [1] * half
+    return torch.cat([table[..., columns], original(positions, 1)[..., :size % 2]], -1)
+
+
 @plant("the rows of a batch see each other",
        "model.GPT.forward",
        "a_batch_of_one_equals_a_batch_of_many",

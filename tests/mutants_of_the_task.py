@@ -119,6 +119,21 @@ def reward_in_log_odds(original, text):
     return math.log(probability / (1 - probability))
 
 
+# ------------------------------------------------------------------------------------ the grammar
+@plant("the mood of a review does not reach its opinions",
+       "data.write_opinion",
+       "reviews_have_the_frequencies_of_the_grammar")
+def mood_forgotten(original, domain, aspect, positive, rng):
+    return original(domain, aspect, rng.random() < .5, rng)
+
+
+@plant("a word is stronger than all others",
+       "data.ADJECTIVES",
+       "the_lexicon_is_balanced")
+def unbalanced_lexicon(original):
+    return {**original, "film": {**original["film"], "brilliant": 4}}
+
+
 # --------------------------------------------------------------- reviews, the tokenizer, prompts
 @plant("sentences begin with a small letter",
        "data.write_review",

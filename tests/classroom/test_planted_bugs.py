@@ -10,7 +10,8 @@ import mutants
 from planting import collect_tests
 
 MODULES = (
-    "test_true_reward", "test_preferences", "test_log_probabilities", "test_sampler",
+    "test_true_reward", "test_grammar", "test_preferences", "test_log_probabilities",
+    "test_sampler",
     "test_objective_and_optimum", "test_dpo_loss", "test_dpo_gradient", "test_equivalent_rewards",
     "test_rankings_and_baselines", "test_frontier", "test_optimum_of_a_mixture",
     "test_reward_model_and_ppo", "test_ppo_update", "test_ppo_fixed_point",

@@ -2,6 +2,8 @@
 
 Shapes: B sequences, T tokens, V vocabulary; X prompts with N listed responses each (world.py).
 """
+import cmath
+
 import torch
 import torch.nn.functional as F
 
@@ -154,6 +156,25 @@ def test_attention_sees_distances_not_positions():
         "the product of a query and a key must depend on their distance"
     length = q.norm(dim=-1)
     agree(length, length.mean().expand(12), "a rotation must keep lengths", tolerance=1e-6)
+
+
+def test_each_pair_of_coordinates_turns_at_its_own_frequency():
+    """Rotary positions: pair i of n turns by t * 1000^(-i / n) radians at position t.
+
+    The pair (i, i + n) is a complex number here, and turning is a product. An odd last coordinate
+    stays as it is.
+    """
+    n, positions = 3, 9
+    x = world.normal(positions, 2 * n + 1, seed=8)
+    table = model.rotary_table(positions, 2 * n + 1).double()
+    turned = model.apply_rotary(x[None, :, None], table)[0, :, 0]
+    expected = x.clone()
+    for t in range(positions):
+        for i in range(n):
+            z = complex(x[t, i], x[t, i + n]) * cmath.exp(1j * t * 1000 ** (-i / n))
+            expected[t, i], expected[t, i + n] = z.real, z.imag
+    agree(turned, expected, "is the frequency of a pair wrong, or are other coordinates paired?",
+          tolerance=1e-6)
 
 
 def test_half_precision_is_promoted_before_the_softmax():

@@ -1,7 +1,6 @@
-"""The corpus, the tokenizer and prompts; how preferences are labelled and put into batches."""
+"""The tokenizer and prompts; how preferences are labelled and put into batches."""
 import functools
 import itertools
-import random
 from unittest import mock
 
 import torch
@@ -10,118 +9,8 @@ import data
 import train
 from data import learn_ranks
 from fake_setup import fake_setup
-from test_true_reward import OPENING, encoding, reviews, sigma
+from test_true_reward import encoding, reviews, sigma
 from world import agree, generator, normal
-
-
-# --------------------------------------------------------------------------------------- the corpus
-def test_every_written_review_is_grammatical():
-    """`is_grammatical` accepts every review that the grammar writes, in both domains.
-
-    All clauses parse: 3 or 4 of them, on different aspects.
-    """
-    for text in reviews(150, seed=1):
-        joints = (": the ", ". The ", ", and the ", ", but the ")
-        clauses = sum(text.count(joint) for joint in joints)
-        assert data.is_grammatical(text), f"a written review must be grammatical: {text!r}"
-        assert len(data.parse_opinions(text)) == clauses in (3, 4), \
-            f"a written review must have 3 or 4 opinions, and all must parse: {text!r}"
-
-
-def test_broken_reviews_are_not_grammatical():
-    """A review is rejected if it is cut inside a sentence, or if a word is doubled or missing.
-
-    It is also rejected if its opening is a sentence, or if it mixes the two domains.
-    """
-    text = (f"{OPENING} the plot was not really superb, but the cast felt dull. "
-            "The score seemed fine.")
-    broken = []
-    for cut in range(len(text)):
-        if not text[:cut].endswith("."):
-            broken.append(text[:cut])
-    words = text.split(" ")
-    for i, word in enumerate(words):
-        broken.append(" ".join(words[:i] + [word, word] + words[i + 1:]))
-        if word not in ("not", "really"):                    # a review is complete without these
-            broken.append(" ".join(words[:i] + words[i + 1:]))
-    broken += [text.replace(":", "."), text.replace("western", "bistro"),
-               text.replace("plot", "soup"), text.replace("fine", "tasty")]
-    accepted = [x for x in broken if data.is_grammatical(x)]
-    assert not accepted, f"these are no reviews, but they are accepted: {accepted}"
-    assert data.is_grammatical(text), f"this review must be accepted: {text!r}"
-
-
-def words_of(texts):
-    """The words of some texts, without punctuation."""
-    return {word.strip(":.,") for text in texts for word in text.split(" ")}
-
-
-def test_restaurants_have_words_that_no_film_review_contains():
-    """Subject, aspects and adjectives of a restaurant are in no film review, and vice versa.
-
-    A restaurant review has at least 7 such words: a subject, and 3 opinions with two of them each.
-    """
-    lexicon = {}
-    for domain in data.SUBJECTS:
-        phrases = [*data.SUBJECTS[domain], *data.ASPECTS[domain], *data.ADJECTIVES[domain]]
-        lexicon[domain] = words_of(phrases)
-    for domain, other in (("film", "restaurant"), ("restaurant", "film")):
-        texts = data.write_corpus(300, 7, domain)["train"]
-        shared = words_of(texts) & lexicon[other]
-        assert not shared, f"{domain} reviews contain words of the domain {other}: {shared}"
-        for text in texts:
-            own = [word for word in text.split(" ") if word.strip(":.,") in lexicon[domain]]
-            assert len(own) >= 7, f"this {domain} review has few words of its own: {text!r}"
-
-
-def test_splits_are_disjoint():
-    """No review occurs twice, in one split or in two.
-
-    The splits hold 80, 10 and 10 percent of the reviews.
-    """
-    splits = data.write_corpus(230, seed=3)
-    texts = [text for split in splits.values() for text in split]
-    sizes = {name: len(split) for name, split in splits.items()}
-    assert len(set(texts)) == len(texts) == 230, \
-        f"{len(texts) - len(set(texts))} reviews occur twice: training sees the test set"
-    assert sizes == {"train": 184, "validation": 23, "test": 23}, \
-        f"the splits must hold 80, 10 and 10 percent of 230 reviews, not {sizes}"
-
-
-def test_a_corpus_depends_on_its_seed_alone():
-    """The same seed gives the same corpus, and another seed gives another corpus.
-
-    The global random state has no influence, and it is left unchanged.
-    """
-    random.seed(1)
-    corpus = data.write_corpus(40, seed=5)
-    other_seed = data.write_corpus(40, seed=6)
-    number = random.random()
-    random.seed(1)
-    assert random.random() == number, "writing a corpus must not use the global random state"
-    assert data.write_corpus(40, seed=5) == corpus, \
-        "the same seed must give the same corpus, whatever the global random state is"
-    assert not set(other_seed["train"]) & set(corpus["train"]), \
-        "another seed must give another corpus"
-
-
-def test_generators_of_other_names_are_other_generators():
-    """`named_rng` and `named_generator` depend on all their names and on nothing else.
-
-    So changing a loss never changes the data.
-    """
-    names = [("a", 1), ("a", 2), ("b", 1), ("a",), ("a1",), (1, "a")]
-    numbers = [data.named_rng(*name).random() for name in names]
-    tensor_numbers = []
-    for name in names:
-        tensor_numbers.append(torch.rand(1, generator=data.named_generator(*name)).item())
-    assert len({*numbers, *tensor_numbers}) == 12, \
-        f"generators of different names must give different numbers: {numbers} {tensor_numbers}"
-    assert data.named_rng("a", 1).random() == numbers[0], \
-        "named_rng of the same names must repeat its numbers"
-    repeated = torch.rand(1, generator=data.named_generator("a", 1)).item()
-    assert repeated == tensor_numbers[0], \
-        "named_generator of the same names must repeat its numbers"
 
 
 # ---------------------------------------------------------------------------- tokenizer and prompts
