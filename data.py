@@ -6,8 +6,8 @@ them, so the true reward r(x, y) is known exactly and costs microseconds.
 
 What is simplified, and why:
   1. Reviews come from a grammar, not from IMDb: a laptop can learn it, and its reward has no error.
-  2. The reward is a formula over parsed clauses, not a classifier: a clause that does not parse
-     earns nothing.
+  2. The reward is a formula over parsed clauses, not a classifier, so that it is exact and fast. A
+     clause that does not parse earns nothing.
 
 As in the paper, a prompt is the first 2-8 tokens of a review, without a beginning-of-text token.
 There are many openings and all are short, so most prompts reach into the first opinion: each prompt
@@ -27,6 +27,8 @@ import tiktoken
 import torch
 from tiktoken._educational import bpe_train
 from torch import Tensor
+
+from model import last_response_token, trimmed_width
 
 # ----------------------------------------------------------------------------------- the language
 # An opening is an owner and a subject, "This western:", which tells the domain of a review.
@@ -238,7 +240,7 @@ def decode(encoding, ids: Tensor, mask: Tensor) -> list[str]:
 
     ids (B, T), mask (B, T) of response tokens.
     """
-    ends = mask.shape[1] - mask.int().flip(1).argmax(1)                # one past the response
+    ends = last_response_token(mask) + 1
     texts = []
     for row, end in zip(ids.tolist(), ends.tolist()):
         texts.append(encoding.decode([t for t in row[:end] if t != encoding.eot_token]))
@@ -294,36 +296,36 @@ class Preferences(NamedTuple):
     k: int            # K, completions of a prompt
 
 
-def select_prompts(preferences: Preferences, numbers: Tensor) -> Preferences:
-    """The completions and pairs of the prompts with these numbers (n,), as a batch (App. B).
+def select_prompts(preferences: Preferences, prompts: Tensor) -> Preferences:
+    """The completions and pairs of the prompts at these indices (n,), as a batch (App. B).
 
     The pairs index the rows of the batch; its width is that of its longest row.
     """
     ids, mask, ref_logp, winner, loser, k = preferences
-    rows = (numbers[:, None] * k + torch.arange(k)).flatten()              # (n * K,)
-    first, after_last = torch.searchsorted(winner // k, torch.stack([numbers, numbers + 1]))
+    rows = (prompts[:, None] * k + torch.arange(k)).flatten()              # (n * K,)
+    first, after_last = torch.searchsorted(winner // k, torch.stack([prompts, prompts + 1]))
     pairs = torch.cat([torch.arange(a, b) for a, b in zip(first.tolist(), after_last.tolist())])
     row_in_batch = torch.full((int(rows.max()) + 1,), -1)
     row_in_batch[rows] = torch.arange(len(rows))                           # old row -> new row
-    width = int(mask[rows].any(0).nonzero().max()) + 1
+    width = trimmed_width(mask[rows])
     return Preferences(ids[rows, :width], mask[rows, :width], ref_logp[rows],
                        row_in_batch[winner[pairs]], row_in_batch[loser[pairs]], k)
 
 
 def shuffled_batches(preferences: Preferences, batch: int, generator: torch.Generator,
                      window: int = 8) -> list[Tensor]:
-    """One epoch: batches of the numbers of all prompts that have pairs, in random order.
+    """One epoch: batches of the indices of all prompts that have pairs, in random order.
 
     Within a window of batches, prompts are sorted by length, so that less filler is computed.
     Each batch is (batch,) or shorter, for `select_prompts`.
     """
     k = preferences.k
     length = preferences.mask.sum(1).view(-1, k).amax(1)               # (N,) longest completion
-    numbers = (preferences.winner // k).unique()
-    if not len(numbers):
+    prompts = (preferences.winner // k).unique()
+    if not len(prompts):
         return []
-    numbers = numbers[torch.randperm(len(numbers), generator=generator)]
+    prompts = prompts[torch.randperm(len(prompts), generator=generator)]
     batches = []
-    for part in numbers.split(batch * window):
+    for part in prompts.split(batch * window):
         batches += part[length[part].argsort(stable=True)].split(batch)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]

@@ -6,8 +6,12 @@ pi the policy, pi_ref the reference policy, r a reward, and beta the price of on
 KL(pi || pi_ref). The log-probability of a response is the sum over its tokens, the end token
 included, in nats.
 
-Shapes: B pairs, K ranked responses, N listed responses, T tokens, V vocabulary.
+Shapes: B pairs, C completions, K ranked responses, N listed responses, X prompts, M sampling
+policies, S betas, T tokens, V vocabulary. `ref` is short for log pi_ref.
 Losses are per example, (B,), never reduced: the training loop takes the mean.
+
+train.py trains with `dpo_loss`, `unlikelihood_loss` and `preferred_ft_loss`. The gradients,
+`objective`, `plackett_luce_loss` and `constant_weight_loss` are for the reader and the tests.
 """
 import math
 from typing import NamedTuple
@@ -27,13 +31,15 @@ class Pair(NamedTuple):
     len_l: Tensor     # response tokens of y_l, the end token included
 
 
-def make_pairs(logp: Tensor, ref: Tensor, length: Tensor, winner: Tensor, loser: Tensor) -> Pair:
+def make_pairs(logp: Tensor, ref_logp: Tensor, length: Tensor, winner: Tensor,
+               loser: Tensor) -> Pair:
     """Pairs from the log-probabilities of all completions of a batch, (C,) each (App. B).
 
     `winner` and `loser` (B,) index the completions. Four completions of a prompt give six pairs
     for four forward passes, not twelve.
     """
-    return Pair(logp[winner], logp[loser], ref[winner], ref[loser], length[winner], length[loser])
+    return Pair(logp[winner], logp[loser], ref_logp[winner], ref_logp[loser], length[winner],
+                length[loser])
 
 
 # ------------------------------------------------------------ the optimum (Section 4, App. A.1)
@@ -83,11 +89,11 @@ def dpo_loss(pair: Pair, beta: float) -> Tensor:
 
 
 def dpo_gradient(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
-    """dL/dlog pi(y_w) = -beta sigma(rhat_l - rhat_w)   and   dL/dlog pi(y_l) = -dL/dlog pi(y_w)
+    """(dL/dlog pi(y_w), dL/dlog pi(y_l)) = (-beta, beta) sigma(rhat_l - rhat_w)    -> (B,), (B,)
 
     Section 4, by hand: with u = rhat_w - rhat_l, d(-log sigma(u))/du = -sigma(-u). The weight
     sigma(-u) is near 1 where the implicit reward ranks a pair wrongly and near 0 where it ranks it
-    right, so DPO stops pushing pairs that are already apart. Returns two tensors (B,).
+    right, so DPO stops pushing pairs that are already apart.
     (Eq. 21-22 derive the same; they are printed with w and l exchanged in u, and so in the weight.)
     """
     rhat_w = implicit_reward(pair.logp_w, pair.ref_w, beta)
@@ -104,11 +110,11 @@ def dpo_gradient_logits(logits: Tensor, ids: Tensor, mask: Tensor, coefficient: 
     -> (B, T, V), which is 0 where no response token is predicted.
     """
     mask = mask.bool()
-    predicts_response = mask[:, 1:, None]                                 # (B, T-1, 1)
+    is_response_token = mask[:, 1:, None]                                 # (B, T-1, 1)
     probability = torch.softmax(logits[:, :-1], -1)                       # (B, T-1, V)
     onehot = F.one_hot(ids.masked_fill(~mask, 0)[:, 1:], logits.shape[-1])
     gradient = coefficient[:, None, None] * (onehot - probability)
-    gradient = gradient.masked_fill(~predicts_response, 0.)
+    gradient = gradient.masked_fill(~is_response_token, 0.)
     return F.pad(gradient, (0, 0, 0, 1))                   # the last logits predict nothing
 
 
@@ -155,10 +161,10 @@ def preferred_ft_loss(pair: Pair, beta: float) -> Tensor:
 def balance_heuristic(ref_logp: Tensor, proposal_logp: Tensor) -> Tensor:
     """log w(y),   w(y) = pi_ref(y|x) / (1/M sum_m pi_m(y|x))                   Veach & Guibas 1995
 
-    The weights of responses of which M policies, pi_ref usually among them, sampled equally many:
-    with them, a mean over the samples is an unbiased estimate of E_{y~pi_ref}, also of Z(x) in
-    Eq. 4. A mixture that contains pi_ref has weights of at most M. ref_logp (..., N),
-    proposal_logp (M, ..., N) -> (..., N)
+    Importance weights of sampled responses. M policies sample equally many responses each; pi_ref
+    is usually one of them. The mean of w(y) f(y) over all samples is an unbiased estimate of
+    E_{y~pi_ref}[f(y)]; Z(x) in Eq. 4 is such a mean. If pi_ref is one of the M policies, no weight
+    exceeds M. ref_logp (..., N), proposal_logp (M, ..., N) -> (..., N)
     """
     return ref_logp - (torch.logsumexp(proposal_logp, 0) - math.log(len(proposal_logp)))
 
@@ -179,7 +185,8 @@ def optimal_frontier(reward: Tensor, betas: Tensor,
              over prompts; the curve is not reliable where it is below 50
     se       standard error of the height of the curve, from the finite N, for these prompts
 
-    Z is estimated without bias, log Z and so the curve are biased low: shares err on the high side.
+    The estimate of Z is unbiased. That of log Z, and so the curve, is biased low (Jensen), so
+    shares come out too high.
     """
     reward = reward.double()
     log_weight = torch.zeros_like(reward) if log_weight is None else log_weight.double()
@@ -188,13 +195,14 @@ def optimal_frontier(reward: Tensor, betas: Tensor,
     for beta in betas.tolist():
         p = optimal_policy(log_weight, reward, beta).exp()                # (X, N), rows sum to 1
         log_z = log_partition(log_weight, reward, beta)                   # (X,)
-        optimal = (p * reward).sum(1)                                     # (X,) E_pi*[r]
+        mean_reward = (p * reward).sum(1)                                 # (X,) E_pi*[r]
         ess = 1 / (p ** 2).sum(1)                                         # (X,)
-        variance = (1 / ess - 1 / reward.shape[1]).clamp(min=0)           # (X,) of log Z
+        variance = (1 / ess - 1 / reward.shape[1]).clamp(min=0)           # (X,) Var(Z) / Z^2
         frontier["beta"].append(beta)
-        frontier["kl"].append((optimal / beta - log_z).mean().item())
-        frontier["reward"].append(optimal.mean().item())
+        frontier["kl"].append((mean_reward / beta - log_z).mean().item())
+        frontier["reward"].append(mean_reward.mean().item())
         frontier["ess"].append(ess.quantile(.1).item())
+        # Var(log Z) = Var(Z) / Z^2 (delta method); at a fixed KL the curve is beta (log Z + KL)
         frontier["se"].append((beta * (variance.sum().sqrt() / len(reward))).item())
     return frontier
 

@@ -168,9 +168,10 @@ def total_memory() -> float:
 # and of everything in this project that this code names, directly or not; the fields of the
 # configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
 # reading the code, so that nobody has to list it. Comments are no part of the code, docstrings are.
-# Device, number of workers, versions of packages and the two names of MACHINERY are not in the hash.
+# Device, number of workers and versions of packages are not in the hash. Nor is what NOT_HASHED
+# names: every stage names these two, so an edit of them would recompute all.
 ROOT = pathlib.Path(__file__).resolve().parent
-MACHINERY = [(pathlib.Path(__file__).resolve(), name) for name in ("Stage", "cached")]
+NOT_HASHED = [(pathlib.Path(__file__).resolve(), name) for name in ("Stage", "cached")]
 
 
 def project_file(module: str | None) -> pathlib.Path | None:
@@ -241,7 +242,7 @@ def reachable_code(function: Callable) -> dict[str, str]:
     found = {}
     while pending:
         place = pending.pop()
-        if place not in found and place not in MACHINERY:
+        if place not in found and place not in NOT_HASHED:
             found[place], named = read_definition(*place)
             pending += named
     code = {f"{file.relative_to(ROOT).as_posix()}:{name}": text
@@ -256,8 +257,7 @@ def digest(text: str) -> str:
 
 
 class Stage:
-    """The call function(setup, *arguments) of a stage, whose value is loaded or computed when it is
-    read.
+    """A deferred call function(setup, *arguments), whose value is kept in a file.
 
     `setup` has `cfg`, `user_pairs`, and `key`, which stands for all else that the setup holds.
     Arguments are plain values, top-level functions, other stages, and objects with a `source`.
@@ -310,6 +310,7 @@ class Stage:
 
     @functools.cached_property
     def value(self):
+        """The value, loaded from its file or computed."""
         return self.setup.stages.get(self)
 
     def compute(self):
@@ -319,7 +320,7 @@ class Stage:
 
 
 def describe(argument) -> str:
-    """What the hash of a stage contains of an argument that is not a plain value."""
+    """The text that stands in a stage's hash for an argument that is not a plain value."""
     if isinstance(argument, Stage):
         return argument.path.name
     return digest(argument.source) if hasattr(argument, "source") else argument.__qualname__
@@ -335,7 +336,7 @@ def cached(function: Callable) -> Callable:
 
 
 def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
-    """The content of a stage's file, or None and the reason; it is empty if there is no file."""
+    """(content, "") of a stage's file, or (None, reason); the reason is "" without a file."""
     try:
         stored = torch.load(path, weights_only=True)
         with zipfile.ZipFile(path) as archive:                     # torch ignores its checksums
@@ -348,8 +349,8 @@ def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def ignore(row: dict) -> None:
-    """The default `watch` of Stages."""
+def do_nothing(row: dict) -> None:
+    """The default `on_row` of Stages."""
 
 
 class Stages:
@@ -358,7 +359,7 @@ class Stages:
         self.folder = folder
         self.store = store         # counts, for all workers, how often a stage was claimed
         self.seconds = {}          # name of a stage -> seconds that its computation took
-        self.watch = ignore        # called with each row of results while a policy is trained
+        self.on_row = do_nothing        # called with each row of results while a policy is trained
         self.explained = set()     # explanations that were printed
 
     def explain(self, stage: Stage) -> None:
@@ -429,11 +430,11 @@ class Stages:
         return [stage for stage in stages if load_stage(stage.path)[0]]
 
 
-PARTS = 8    # what one worker alone would compute for long, the workers share in so many parts
+PARTS = 8    # a long stage is split into at most so many parts, which the workers share
 
 
-def part_numbers(count: int) -> range:
-    """The numbers of the parts of `count` things, fewer than PARTS if there are few."""
+def part_indices(count: int) -> range:
+    """The indices of the parts into which Tensor.chunk(PARTS) splits `count` rows."""
     return range(len(torch.empty(count).chunk(PARTS)))
 
 
@@ -691,15 +692,17 @@ def export_preferences(encoding, preferences: Preferences) -> list[dict]:
 
 
 def encode_preference(encoding, pair: dict, number: int) -> tuple:
-    """-> group, prompt ids, and for chosen and rejected which completion it is and its ids.
+    """The group, the prompt ids, and (key, ids) of chosen and of rejected.
 
-    A text that is still as it was exported keeps its exact tokens, also if chosen and rejected were
-    swapped since. A pair that was not exported is a group of its own.
+    Within a group, equal keys mean the same completion: (row,) for a text that is still as it was
+    exported, its token ids for any other. An exported text keeps its exact tokens, also if chosen
+    and rejected were swapped since. A pair that was not exported is a group of its own.
     """
     end = encoding.eot_token
     exported = {}                                                  # text -> (completion, ids)
     if "ids" in pair:
-        for ids, row in zip(pair["ids"], [-1, *pair["rows"]], strict=True):
+        rows = [-1, *pair["rows"]]                                 # the prompt has no row
+        for ids, row in zip(pair["ids"], rows, strict=True):
             text = encoding.decode([t for t in ids if t != end])
             exported[text] = ((row + 0,), ids)                     # + 0: it must be a number
     prompt = encoding.encode_ordinary(pair["prompt"])

@@ -130,25 +130,28 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)                                            # norm weights stay 1
 
-    def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, start: int = 0) -> Tensor:
-        """ids (B, T) at positions start..start+T-1 -> last hidden states (B, T, W)."""
+    def hidden(self, ids: Tensor, kv_caches: list[Tensor] | None = None, start: int = 0) -> Tensor:
+        """Hidden states after the last norm: ids (B, T) at positions start.. -> (B, T, W).
+
+        `kv_caches` (from `new_caches`) hold the keys and values of earlier positions.
+        """
         end = start + ids.shape[1]
         assert end <= self.config.context, \
             f"{end} tokens do not fit into a context of {self.config.context}"
         x = self.token(ids)
         for i, block in enumerate(self.blocks):
-            x = block(x, self.rotary[:, start:end], caches[i] if caches else None, start)
+            x = block(x, self.rotary[:, start:end], kv_caches[i] if kv_caches else None, start)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., W) -> (..., V)"""
+        """Logits of the next token from hidden states: (..., W) -> (..., V)."""
         return F.linear(hidden, self.token.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits(self.hidden(ids))
 
     def new_caches(self, batch: int, positions: int) -> list[Tensor]:
-        """Empty key/value caches, one for each block: (2, batch, H, positions, D)."""
+        """Empty key/value kv_caches, one for each block: (2, batch, H, positions, D)."""
         c = self.config
         shape = 2, batch, c.heads, positions, c.width // c.heads
         weight = self.token.weight
@@ -164,8 +167,8 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def lr_schedule(optimizer, steps: int):
     """Linear warm-up over the first tenth of the steps, then linear decay to 0.
 
-    (App. B: warm-up over 150 steps, no decay.) Returns a torch scheduler; call step() `steps`
-    times.
+    The paper warms up over 150 steps and does not decay (App. B). Returns a torch scheduler; call
+    step() `steps` times.
     """
     def factor(step: int) -> float:
         return min((step + 1) / (.1 * steps), (steps - step) / (.9 * steps), 1.)
@@ -174,7 +177,7 @@ def lr_schedule(optimizer, steps: int):
 
 
 # ------------------------------------------------------------------------------ log-probabilities
-def promote(logits: Tensor) -> Tensor:
+def upcast_half(logits: Tensor) -> Tensor:
     """Half precision as float32, other types unchanged.
 
     A difference of log-probabilities in half precision is mostly rounding error.
@@ -184,7 +187,7 @@ def promote(logits: Tensor) -> Tensor:
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-softmax over the vocabulary, in float32 at least: (..., V) -> (..., V)."""
-    return F.log_softmax(promote(logits), dim=-1)
+    return F.log_softmax(upcast_half(logits), dim=-1)
 
 
 def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
@@ -192,8 +195,8 @@ def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
 
     The off-by-one of all language models: the logits at t-1 predict the token at t. So entry t-1 of
     the result belongs to ids[t], the first token has no probability, and the last logits predict
-    nothing that we have. The same shift is in `predicts_response`, `response_logits`, and in
-    `ppo.states_before_tokens`.
+    nothing that we have. The same shift is in `predicts_response`, `sequence_logp`,
+    `response_logits`, `dpo.dpo_gradient_logits` and `ppo.states_before_tokens`.
     """
     return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
@@ -236,7 +239,7 @@ def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost. The mask is
     False at position 0, because the first token has no probability.
     """
-    logits = promote(response_logits(model, ids, mask))                      # (M, V)
+    logits = upcast_half(response_logits(model, ids, mask))                      # (M, V)
     logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)
     return scatter_to_tokens(logp, mask)
 
@@ -270,8 +273,8 @@ def response_kl(model: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 def sample_token(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token a row by inverting the distribution function: logits (B, V), u (B,) -> (B,).
 
-    `u` is uniform in [0, 1): given from outside, so that one row's sample does not depend on which
-    others are in the batch. Temperature 0 is argmax.
+    `u` is uniform in [0, 1): given from outside, so that a row's sample does not depend on which
+    other rows have already ended. Temperature 0 is argmax.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -283,7 +286,7 @@ def sample_token(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     return token.clamp(max=logits.shape[1] - 1)
 
 
-def lay_out(prompts: Tensor, prompt_lengths: Tensor, width: int, end: int) -> Tensor:
+def prompts_with_filler(prompts: Tensor, prompt_lengths: Tensor, width: int, end: int) -> Tensor:
     """Rows that hold their prompt, then `end`: prompts (B, P), lengths (B,) -> ids (B, width)."""
     ids = F.pad(prompts, (0, width - prompts.shape[1]), value=end)           # also cuts P to width
     is_prompt = torch.arange(width, device=ids.device) < prompt_lengths[:, None]
@@ -297,37 +300,38 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     """Sample a response to each prompt: prompts (B, P), prompt_lengths (B,) -> ids (B, T).
 
     Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
-    token included), then `end` as filler. All rows are at the same position; a row whose prompt
-    lasts longer reads its next token from the prompt, so nothing is padded on the left. The log-
-    probability of each sampled token is written into `logp_out` (B, P + max_tokens), if given.
+    token included), then the end-of-text token `end` as filler. All rows are at the same position;
+    a row whose prompt lasts longer reads its next token from the prompt, so nothing is padded on
+    the left. The log-probability of each sampled token is written into `logp_out`
+    (B, P + max_tokens), if given.
     """
     B, device = len(prompts), prompts.device
     T, first = int(prompt_lengths.max()) + max_tokens, int(prompt_lengths.min())
-    ids = lay_out(prompts, prompt_lengths, T, end)
+    ids = prompts_with_filler(prompts, prompt_lengths, T, end)
     rows = torch.arange(B, device=device)                                    # rows in the batch
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
     begin, stop = prompt_lengths, prompt_lengths + max_tokens                # of the response
-    caches, start, x = model.new_caches(B, T), 0, ids[:, :first]
+    kv_caches, start, x = model.new_caches(B, T), 0, ids[:, :first]
     for t in range(first, T):
-        logits = model.logits(model.hidden(x, caches, start)[:, -1])         # (rows, V)
+        logits = model.logits(model.hidden(x, kv_caches, start)[:, -1])         # (rows, V)
         u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
         sampled = alive & (t >= begin)
         if logp_out is not None:
             logp = log_softmax(logits).gather(1, token[:, None]).squeeze(1)
             logp_out[rows, t] = logp.masked_fill(~sampled, 0.)
-        token = torch.where(sampled, token, ids[rows, t])                    # or prompt, or filler
+        token = torch.where(sampled, token, ids[rows, t])                    # else prompt or filler
         ids[rows, t] = token
         alive &= ~(sampled & (token == end)) & (t + 1 < stop)
         x, start = token[:, None], t
-        if t % 4 > 0:                                                        # looking costs time
+        if t % 4 > 0:    # nonzero() waits for the device, so ended rows are dropped every 4 steps
             continue
         keep = alive.nonzero().squeeze(1)
         if len(keep) == 0:
             return ids[:, :t + 1]
         if len(keep) < .8 * len(rows):                                       # drop the ended rows
             rows, x, alive, begin, stop = (y[keep] for y in (rows, x, alive, begin, stop))
-            caches = [cache[:, keep] for cache in caches]
+            kv_caches = [cache[:, keep] for cache in kv_caches]
     return ids
 
 
@@ -339,6 +343,11 @@ def response_mask(ids: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int
     is_end = ((ids == end) & response).int()
     ends_before = is_end.cumsum(1) - is_end
     return response & (ends_before == 0)
+
+
+def last_response_token(mask: Tensor) -> Tensor:
+    """The position of the last response token: mask (B, T) -> (B,)."""
+    return mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
 
 
 def generate(model: GPT, prompts: tuple[Tensor, Tensor], count: int, max_tokens: int, end: int,

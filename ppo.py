@@ -8,16 +8,16 @@ Ziegler et al. 2019):
   (a) Reward of a token: -c (log pi_old - log pi_ref), the "k1" penalty, fixed while a batch is
       reused; the score once, on the last response token.                    -> `token_rewards`
   (b) The score is normalised by one affine map, fixed from samples of pi_ref. (Whitening each batch
-      would change beta.)                                  -> `make_true_score` in train.py
+      would change beta.)             -> `make_true_score`, `make_learned_score` in train.py
   (c) The coefficient c steers the *sequence* KL to a target; its horizon is in episodes.
-                                                                             -> `adapt_coefficient`
+                                                                             -> `adapt_kl_coef`
   (d) Generalised advantage estimation with gamma 1, lambda .95; masked whitening.
                                                                              -> `gae`, `whiten`
   (e) Clipped ratio and clipped values (.2), minibatches. The ratio is 1 on the first minibatch.
       (Several epochs over a batch gained nothing here.)          -> `policy_loss`, `value_loss`
   (f) A critic of its own, not a head on the policy, so their gradients do not compete. It is fitted
       to the scores of pi_ref's samples before PPO begins; then only its last layer learns.
-                                                                             -> `fit_values`
+                                                                             -> `pretrain_critic`
   (g) Adam with eps 1e-5; learning rate warmed up, then annealed to 0; no dropout; sampling and
       scoring at temperature 1.
 Left out: an entropy bonus (the KL penalty already contains one), a penalty for a missing end token
@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Preferences, select_prompts
-from model import (GPT, cpu_state_dict, lr_schedule, map_batches, response_mask,
-                   response_token_logp, sample, trimmed_width)
+from model import (GPT, cpu_state_dict, last_response_token, lr_schedule, map_batches,
+                   response_mask, response_token_logp, sample, trimmed_width)
 
 
 # ------------------------------------------------------------------------------- the reward model
@@ -58,11 +58,6 @@ class ScalarModel(nn.Module):
         return self.head(self.gpt.hidden(ids)).squeeze(-1)
 
 
-def last_response_token(mask: Tensor) -> Tensor:
-    """The position of the last response token: mask (B, T) -> (B,)."""
-    return mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
-
-
 def predict_reward(model: ScalarModel, ids: Tensor, mask: Tensor) -> Tensor:
     """r_phi(x, y), read at the last response token, which has seen all of y: (B, T) -> (B,)."""
     return model(ids).gather(1, last_response_token(mask)[:, None]).squeeze(1)
@@ -77,7 +72,7 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
                        epochs: list[list[Tensor]], lr: float, device: str) -> dict:
     """Minimise Eq. 2, starting from the SFT model; keep the epoch with the best held-out accuracy.
 
-    As in App. C.1. Each of `epochs` is a list of batches, each batch the numbers of some prompts.
+    As in App. C.1. Each of `epochs` is a list of batches, each batch the indices of some prompts.
     Returns the parameters of a ScalarModel (`model`), its `accuracy` on held-out pairs, and `mean`
     and `deviation` of its rewards of the held-out completions.
     """
@@ -101,19 +96,19 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
               flush=True)
         if accuracy > best["accuracy"]:
             best = {"model": cpu_state_dict(model), "accuracy": accuracy,
-                    "mean": r.mean().item(), "deviation": r.std().item()}
+                    "mean": r.mean().item(), "std": r.std().item()}
     return best
 
 
 # --------------------------------------------------------------------------------- PPO, in pieces
 def token_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor,
-                  coefficient: float) -> Tensor:
+                  kl_coef: float) -> Tensor:
     """r_t = -c (log pi - log pi_ref)(y_t), plus the score on the last response token.
 
     score (B,), the rest (B, T) -> (B, T). The sum over t is r(x, y) - c log(pi / pi_ref): the
     reward of Eq. 3 with a one-sample estimate of the KL.
     """
-    reward = -coefficient * (logp - ref_logp).masked_fill(~mask, 0.)
+    reward = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0.)
     last = last_response_token(mask)[:, None]
     return reward.scatter_add(1, last, score[:, None].to(reward.dtype))
 
@@ -143,22 +138,22 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return ((x - tokens.mean()) / (tokens.std(correction=0) + 1e-8)).masked_fill(~mask, 0.)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float = .2) -> Tensor:
-    """-min(rho A, clip(rho, 1 - e, 1 + e) A),   rho = pi / pi_old                 (M,) -> (M,)
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_coef: float = .2) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A),   ratio = pi / pi_old            (M,) -> (M,)
 
-    Schulman et al. 2017, Eq. 7, negated.
+    Schulman et al. 2017, Eq. 7, negated; e is `clip_coef`.
     """
-    rho = (logp - old_logp).exp()
-    return -torch.min(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
+    ratio = (logp - old_logp).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 
-def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float = .2) -> Tensor:
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_coef: float = .2) -> Tensor:
     """max((V - R)^2, (V_clip - R)^2) / 2,   V_clip = V_old + clip(V - V_old, -e, e)       (M,)"""
-    clipped = old_value + (value - old_value).clamp(-clip, clip)
+    clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return .5 * torch.max((value - returns) ** 2, (clipped - returns) ** 2)
 
 
-def adapt_coefficient(coefficient: float, kl: float, target: float, episodes: int,
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int,
                       horizon: float) -> float:
     """c <- c (1 + clip(KL / target - 1, -.2, .2) episodes / horizon)
 
@@ -166,7 +161,7 @@ def adapt_coefficient(coefficient: float, kl: float, target: float, episodes: in
     2.2). `kl` is the mean over sequences of a sum over tokens, nats; the horizon is in episodes.
     """
     error = min(max(kl / target - 1, -.2), .2)
-    return coefficient * (1 + error * episodes / horizon)
+    return kl_coef * (1 + error * episodes / horizon)
 
 
 # ------------------------------------------------------------------------------- PPO, as a recipe
@@ -178,7 +173,7 @@ def states_before_tokens(critic: ScalarModel, ids: Tensor) -> Tensor:
     return F.pad(critic.gpt.hidden(ids[:, :-1]), (0, 0, 1, 0))
 
 
-def fit_values(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor],
+def pretrain_critic(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor],
                batch: int, lr: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Fit a critic V(x, y_<t) = E[score | x, y_<t] under pi_ref to its samples, for one epoch.
 
@@ -235,13 +230,13 @@ def roll_out(policy: GPT, ref: GPT, critic: ScalarModel, prompts: tuple[Tensor, 
 
 
 def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimizer,
-               rollout: Rollout, coefficient: float, epochs: int, minibatch: int,
+               rollout: Rollout, kl_coef: float, epochs: int, minibatch: int,
                generator: torch.Generator, gamma: float = 1., lam: float = .95,
-               value_weight: float = .1) -> float:
+               vf_coef: float = .1) -> float:
     """Steps 2-4 on one batch of episodes; returns the loss of the last minibatch."""
     # 2. Reward = score - c KL, token by token.
     rewards = token_rewards(rollout.score, rollout.logp, rollout.ref_logp, rollout.mask,
-                            coefficient)
+                            kl_coef)
     # 3. Advantages.
     advantages, returns = gae(rewards, rollout.value, rollout.mask, gamma, lam)
     advantages = whiten(advantages, rollout.mask)
@@ -255,9 +250,9 @@ def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimize
             logp = response_token_logp(policy, rollout.ids[rows, :width], mask[:, :width])
             logp = logp[mask[:, :width]]                                             # (M,)
             value = critic.head(rollout.state[rows][mask]).squeeze(-1)               # (M,)
-            of_policy = policy_loss(logp, rollout.logp[rows][mask], advantages[rows][mask])
-            of_critic = value_loss(value, rollout.value[rows][mask], returns[rows][mask])
-            loss = of_policy.mean() + value_weight * of_critic.mean()
+            pg_loss = policy_loss(logp, rollout.logp[rows][mask], advantages[rows][mask])
+            v_loss = value_loss(value, rollout.value[rows][mask], returns[rows][mask])
+            loss = pg_loss.mean() + vf_coef * v_loss.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -271,17 +266,19 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
     """Train a policy with PPO to a target KL (nats a sequence); yields its statistics each step.
 
     score(ids, mask) -> (B,) is the normalised reward of a text: learned (PPO) or true (PPO-GT).
-    prompts: ids (N, P) and lengths (N,). `critic_state` comes from `fit_values`; without it the
-    critic starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, completions and
+    prompts: ids (N, P) and lengths (N,). `critic_state` comes from `pretrain_critic`; without it
+    the critic starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, completions and
     max_tokens.
     """
     critic = ScalarModel(ref)
     if critic_state:
         critic.load_state_dict(critic_state)
+    # Of the critic only the last layer learns: its states are computed once for each rollout.
     parameters = [*policy.parameters(), *critic.head.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, eps=1e-5, fused=True)
     scheduler = lr_schedule(optimizer, cfg.ppo_steps)
-    coefficient = cfg.ppo_coefficient / target    # dF/dKL, the slope of the optimum, falls with KL
+    # The optimal price of a nat (`dpo.optimal_reward`) falls with KL: a larger target starts lower.
+    kl_coef = cfg.ppo_init_kl_coef / target
     for _ in range(cfg.ppo_steps):
         # 1. Roll out several episodes for each of some prompts.
         picked = torch.randint(len(prompts[0]), (cfg.ppo_batch // cfg.completions,),
@@ -290,13 +287,13 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
         rollout = roll_out(policy, ref, critic, (prompts[0][picked], prompts[1][picked]),
                            cfg.max_tokens, end, score, generator)
         # 2.-4.
-        loss = ppo_update(policy, critic, optimizer, rollout, coefficient, cfg.ppo_epochs,
+        loss = ppo_update(policy, critic, optimizer, rollout, kl_coef, cfg.ppo_epochs,
                           cfg.ppo_minibatch, generator)
         scheduler.step()
         # 5. Steer the price of KL by the mean KL of whole responses.
         kl = (rollout.logp - rollout.ref_logp).sum(1).mean().item()
         tokens = rollout.mask.sum().item()
         yield {"loss": loss, "score": rollout.score.mean().item(), "rollout_kl": kl,
-               "coefficient": coefficient, "sampled_tokens": tokens,
+               "kl_coef": kl_coef, "sampled_tokens": tokens,
                "trained_tokens": tokens * cfg.ppo_epochs}
-        coefficient = adapt_coefficient(coefficient, kl, target, len(rollout.ids), cfg.ppo_horizon)
+        kl_coef = adapt_kl_coef(kl_coef, kl, target, len(rollout.ids), cfg.ppo_horizon)

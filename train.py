@@ -29,7 +29,7 @@ import dpo
 import ppo
 from data import Preferences, named_generator, named_rng
 from harness import (PARTS, LossError, Stage, Stages, UserError, cached, option,
-                     part_numbers)
+                     part_indices)
 from model import (GPT, GPTConfig, batched_sequence_logp, cpu_state_dict, generate, lr_schedule,
                    response_token_logp)
 from plots import (STYLE, cost, evaluation_prompts, figures, frontier, gap, mean_and_se,
@@ -84,7 +84,7 @@ class Config:
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(1, "epochs over a batch", 1, 100)
     ppo_lr: float = option(1e-3, "peak learning rate of policy and values", 1e-12, 10)
-    ppo_coefficient: float = option(.75, "initial price of a nat at target 1, in standard "
+    ppo_init_kl_coef: float = option(.75, "initial price of a nat at target 1, in standard "
                                     "deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
@@ -137,15 +137,16 @@ def check_config(cfg: Config) -> None:
 class Setup(NamedTuple):
     """What all runs of one seed share."""
     cfg: Config                       # in a stage only the fields that its code reads as cfg.NAME
-    seed: int                         # = cfg.seed
+    seed: int                         # equals cfg.seed
     stages: Stages
     device: str
-    key: str                          # the file of pi_ref; in a hash it stands for the next three
+    key: str                          # pi_ref's file; hashed in place of the next three
     encoding: tiktoken.Encoding
     corpus: dict[str, list[str]]      # split -> film reviews
     ref: GPT                          # pi_ref
     user_pairs: harness.UserPairs | None = None
-    train_prompts: tuple[Tensor, Tensor] | None = None          # these three only in figures
+    # these three only in `measure_figure` and plots/gap.py
+    train_prompts: tuple[Tensor, Tensor] | None = None
     eval_prompts: tuple[Tensor, Tensor] | None = None
     learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -181,9 +182,9 @@ def new_gpt(cfg: Config, device: str) -> GPT:
 
 
 def sft(model: GPT, ids: Tensor, lengths: Tensor, batches: list[list[int]], lr: float) -> None:
-    """Maximum likelihood of each token given those before it: ids (N, T), lengths (N,).
+    """Train the model in place by maximum likelihood of each token given those before it.
 
-    `batches` are lists of rows, one for each step.
+    ids (N, T), lengths (N,). `batches` are lists of rows, one for each step.
     """
     device = model.token.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=0.,
@@ -222,7 +223,7 @@ def train_reference(setup: Setup) -> dict[str, Tensor]:
 
 def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: list[dict] = [],
             path: str = "") -> Setup:
-    """Corpus, tokenizer and pi_ref of a seed; and the user's pairs, read from `path`, if any."""
+    """The Setup of a seed; with a user's pairs, if `pair_texts`, read from `path`, has any."""
     cfg = dataclasses.replace(cfg, seed=seed)
     ref = new_gpt(cfg, device).requires_grad_(False)
     setup = Setup(cfg, seed, stages, device, key="", encoding=None, corpus=None, ref=ref)
@@ -247,7 +248,7 @@ def prompts_of_split(setup: Setup, split: str, count: int) -> tuple[Tensor, Tens
     return data.make_prompts(setup.encoding, texts, named_rng("prompts", split, setup.cfg.seed))
 
 
-def complete(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
+def sample_completions(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
              generator: torch.Generator) -> dict[str, Tensor]:
     """A policy's completions of N prompts, with log pi_ref and the true rewards.
 
@@ -262,21 +263,21 @@ def complete(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
 
 
 @cached
-def complete_part(setup: Setup, split: str, count: int, part: int) -> dict[str, Tensor]:
+def sample_completions_part(setup: Setup, split: str, count: int, part: int) -> dict[str, Tensor]:
     """The completions of one part of the prompts by pi_ref."""
     prompts = tuple(p.chunk(PARTS)[part] for p in prompts_of_split(setup, split, count))
     generator = named_generator("completions", split, setup.cfg.seed, part, device=setup.device)
-    return complete(setup, setup.ref, prompts, generator)
+    return sample_completions(setup, setup.ref, prompts, generator)
 
 
 def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Tensor]:
     """The completions of `count` prompts by pi_ref; the workers share them."""
-    completions = setup.stages.get_all([Stage(complete_part, setup, split, count, part)
-                                        for part in part_numbers(count)])
+    completions = setup.stages.get_all([Stage(sample_completions_part, setup, split, count, part)
+                                        for part in part_indices(count)])
     return {name: torch.cat([part[name] for part in completions]) for name in completions[0]}
 
 
-def label(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
+def label_completions(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
     """All pairs of the completions of each prompt, labelled; `names` name the generator."""
     cfg = setup.cfg
     reward = completions["reward"].view(-1, cfg.completions)
@@ -290,19 +291,19 @@ NO_PAIRS = ("in every prompt all completions have the same reward, so there is n
             "from: train pi_ref longer (--sft-epochs), or use more --prompts")
 
 
-def reference_pairs(setup: Setup, split: str, count: int) -> Preferences:
+def reference_preferences(setup: Setup, split: str, count: int) -> Preferences:
     """The labelled pairs of pi_ref's completions of `count` prompts of a split."""
-    pairs = label(setup, reference_completions(setup, split, count), split)
+    pairs = label_completions(setup, reference_completions(setup, split, count), split)
     if not len(pairs.winner):
         raise UserError(NO_PAIRS)
     return pairs
 
 
-def training_pairs(setup: Setup) -> Preferences:
+def training_preferences(setup: Setup) -> Preferences:
     """The pairs to train on: the user's own, or those of pi_ref's completions."""
     if setup.user_pairs:
         return setup.user_pairs.preferences
-    return reference_pairs(setup, "train", setup.cfg.prompts)
+    return reference_preferences(setup, "train", setup.cfg.prompts)
 
 
 # -------------------------------------------------------------------------------- DPO (Section 4)
@@ -316,7 +317,8 @@ def pair_step(policy: GPT, optimizer: torch.optim.Optimizer, batch: Preferences,
               loss_function: Callable, setting: float) -> dict[str, float]:
     """One step of DPO, or of another loss on pairs, on a batch of prompts (App. B).
 
-    `setting` is the second argument of the loss: beta, or alpha for Unlikelihood.
+    `setting` is the second argument of the loss: beta, or alpha for Unlikelihood. Preferred-FT
+    ignores it.
     """
     device = policy.token.weight.device
     ids, mask, ref_logp = (x.to(device) for x in (batch.ids, batch.mask, batch.ref_logp))
@@ -341,7 +343,8 @@ def sample_round(setup: Setup, policy: GPT, run: Run, number: int) -> Preference
     prompts = prompts_of_split(setup, "train", setup.cfg.prompts)
     prompts = tuple(p.tensor_split(setup.cfg.rounds)[number] for p in prompts)
     generator = named_generator("round", *run, setup.cfg.seed, number, device=setup.device)
-    return label(setup, complete(setup, policy, prompts, generator), "round", *run, number)
+    completions = sample_completions(setup, policy, prompts, generator)
+    return label_completions(setup, completions, "round", *run, number)
 
 
 def train_on_pairs(setup: Setup, policy: GPT, run: Run,
@@ -354,9 +357,9 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
     fewer steps than planned if some of its prompts have only ties.
     """
     cfg = setup.cfg
-    pairs = training_pairs(setup) if cfg.rounds == 1 else None
-    prompts = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
-    parts = torch.arange(prompts).tensor_split(cfg.rounds)
+    pairs = training_preferences(setup) if cfg.rounds == 1 else None
+    prompt_count = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
+    parts = torch.arange(prompt_count).tensor_split(cfg.rounds)
     steps = cfg.epochs * sum(math.ceil(len(part) / cfg.batch_prompts) for part in parts)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0., fused=True)
     scheduler = lr_schedule(optimizer, steps)
@@ -365,8 +368,8 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
         round_pairs = pairs or sample_round(setup, policy, run, number)
         for epoch in range(cfg.epochs):
             generator = named_generator("order", *run, cfg.seed, number, epoch)
-            for numbers in data.shuffled_batches(round_pairs, cfg.batch_prompts, generator):
-                batch = data.select_prompts(round_pairs, numbers)
+            for prompts in data.shuffled_batches(round_pairs, cfg.batch_prompts, generator):
+                batch = data.select_prompts(round_pairs, prompts)
                 yield pair_step(policy, optimizer, batch, loss_function, run.setting)
                 scheduler.step()
 
@@ -381,9 +384,9 @@ def fit_reward_model(setup: Setup) -> dict:
     The held-out pairs, which select the epoch, have the labels of the true reward, also with
     --pairs.
     """
-    cfg, pairs = setup.cfg, training_pairs(setup)
+    cfg, pairs = setup.cfg, training_preferences(setup)
     held_out_prompts = min(math.ceil(cfg.prompts / 8), len(setup.corpus["validation"]))
-    held_out = reference_pairs(setup, "validation", held_out_prompts)
+    held_out = reference_preferences(setup, "validation", held_out_prompts)
     epochs = []
     for epoch in range(cfg.rm_epochs):
         generator = named_generator("reward model", cfg.seed, epoch)
@@ -398,7 +401,7 @@ def make_learned_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
     model.load_state_dict(fitted["model"])
 
     def score(ids: Tensor, mask: Tensor) -> Tensor:
-        return (ppo.predict_reward(model, ids, mask) - fitted["mean"]) / fitted["deviation"]
+        return (ppo.predict_reward(model, ids, mask) - fitted["mean"]) / fitted["std"]
 
     return score
 
@@ -415,10 +418,13 @@ def make_true_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @cached
-def fit_initial_values(setup: Setup, method: str, make_score: Callable) -> dict[str, Tensor]:
-    """The values that PPO starts from, the same for all targets: see `ppo.fit_values`."""
+def initial_critic(setup: Setup, method: str, make_score: Callable) -> dict[str, Tensor]:
+    """The critic that PPO starts from, the same for all targets: see `ppo.pretrain_critic`.
+
+    `method` is only for the name of the stage's file.
+    """
     cfg, completions = setup.cfg, reference_completions(setup, "train", setup.cfg.prompts)
-    return ppo.fit_values(setup.ref, completions["ids"], completions["mask"],
+    return ppo.pretrain_critic(setup.ref, completions["ids"], completions["mask"],
                           make_score(setup), cfg.completions * cfg.batch_prompts, cfg.rm_lr,
                           named_generator("values", cfg.seed))
 
@@ -427,19 +433,20 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
                    make_score: Callable) -> tuple[int, Iterator[dict[str, float]]]:
     """PPO or PPO-GT: the number of steps, and an iterator that takes them."""
     cfg = setup.cfg
-    critic_state = fit_initial_values(setup, run.method, make_score)
+    critic_state = initial_critic(setup, run.method, make_score)
     prompts = tuple(p.to(setup.device) for p in prompts_of_split(setup, "train", cfg.prompts))
     generator = named_generator(*run, cfg.seed, device=setup.device)
-    progress = ppo.train_ppo(cfg, policy, setup.ref, prompts, make_score(setup), run.setting,
+    training_steps = ppo.train_ppo(cfg, policy, setup.ref, prompts, make_score(setup), run.setting,
                              setup.encoding.eot_token, generator, critic_state)
-    return cfg.ppo_steps, progress
+    return cfg.ppo_steps, training_steps
 
 
-# A method of your own needs an entry here, settings in `train_sweep`, and a style in
-# plots/__init__.py; plots/cost.py and plots/winrate.py list the methods that they show. Its first
-# function returns the number of steps and an iterator that yields a dict of numbers at each step.
-# It reads settings as `cfg.NAME`: harness.py finds them in the code by this spelling.
-METHODS = {    # method -> how it is trained, and its loss, or the function that makes its score
+# To add a method: (1) an entry here; (2) a field of Config with its settings; (3) a line in the
+# dict of `train_sweep`; (4) a style in plots/__init__.py; (5) if it should appear there, a line in
+# plots/cost.py and plots/winrate.py. The first function of the entry returns the number of steps
+# and an iterator; each `next` takes one step and yields a dict of floats. It reads fields only as
+# `cfg.NAME`: harness.py finds them in the code by this spelling.
+METHODS = {    # method -> how it is trained; its loss, or the function that makes its score
     "ppo_gt": (train_with_ppo, make_true_score),
     "ppo": (train_with_ppo, make_learned_score),
     "dpo": (train_on_pairs, dpo.dpo_loss),
@@ -449,6 +456,7 @@ METHODS = {    # method -> how it is trained, and its loss, or the function that
 
 
 # -------------------------------------------------------------------------------------- evaluation
+# The figures evaluate policies too: evaluation_prompts and sample_rewards are in plots/.
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
@@ -489,23 +497,25 @@ def evaluation_row(setup: Setup, policy: GPT, run: Run, step: int, is_final: boo
     return {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
 
 
-def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterator[dict],
+def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: Iterator[dict],
               result: dict) -> None:
-    """Train, and evaluate the policy on the way and at its end.
+    """Take all training steps, and evaluate the policy on the way and at the end.
 
-    `result` gets `step`, `rows`, and `checkpoints`, the policies of the rows; it is filled in place
-    so that they survive an exception. `seconds` is the time of training without evaluation.
+    Each `next(training_steps)` updates the policy in place and yields its statistics. `result` gets
+    `step`, `rows`, and `checkpoints`, the policies of the rows; it is filled in place so that they
+    survive an exception. `seconds` is the time of training without evaluation.
     """
     def evaluate_now(is_final: bool) -> None:
+        # no step is recent if fewer steps than announced end right after an evaluation
         row = evaluation_row(setup, policy, run, step, is_final, seconds, recent or [statistics])
         result["rows"].append(row)
         result["checkpoints"].append(cpu_state_dict(policy))
         tables.print_row(row, steps)
-        setup.stages.watch(row)
+        setup.stages.on_row(row)
 
     recent, seconds, start = [], 0., time.perf_counter()    # `recent`: steps since the last row
     interval = math.ceil(steps / setup.cfg.evaluations)
-    for step, statistics in enumerate(progress, 1):
+    for step, statistics in enumerate(training_steps, 1):
         seconds += time.perf_counter() - start
         result["step"] = step
         check_finite(statistics)
@@ -520,19 +530,19 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, progress: Iterato
 
 
 @cached
-def train_policy(setup: Setup, run: Run, train: Callable, loss_or_score: Callable) -> dict:
+def train_policy(setup: Setup, run: Run, train: Callable, loss_or_make_score: Callable) -> dict:
     """Train and evaluate one policy: its `rows` of results, and the `checkpoints` of the rows.
 
-    `train` and `loss_or_score` are those of METHODS; they are arguments so that the hash of this
-    stage has the code of one method alone. A number that is not finite, or an error of a user's
-    loss, ends the run: it keeps its rows, and `failure` gives the reason.
+    `train` and `loss_or_make_score` are those of METHODS; they are arguments so that the hash of
+    this stage has the code of one method alone. A number that is not finite, or an error of a
+    user's loss, ends the run: it keeps its rows, and `failure` gives the reason.
     """
     policy = copy.deepcopy(setup.ref).requires_grad_(True)
-    steps, progress = train(setup, policy, run, loss_or_score)
+    steps, training_steps = train(setup, policy, run, loss_or_make_score)
     result = {**run._asdict(), "seed": setup.seed, "step": 0, "rows": [], "checkpoints": [],
               "failure": None}
     try:
-        run_steps(setup, policy, run, steps, progress, result)
+        run_steps(setup, policy, run, steps, training_steps, result)
     except (FloatingPointError, LossError) as error:
         names = ("method", "setting", "seed", "step")
         result["failure"] = {**{name: result[name] for name in names}, "reason": str(error)}
@@ -540,28 +550,31 @@ def train_policy(setup: Setup, run: Run, train: Callable, loss_or_score: Callabl
 
 
 def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -> list[Stage]:
-    """A stage for each policy: methods, or a user's losses, and their settings."""
+    """One stage for each method and setting; `settings` maps a method, or a name in `losses`, to
+    its settings.
+    """
     trained_by = {**METHODS, **{name: (train_on_pairs, loss) for name, loss in losses.items()}}
     return [Stage(train_policy, setup, Run(method, float(setting)), *trained_by[method])
             for method, values in settings.items() for setting in values]
 
 
 def train_sweep(setups: list[Setup]) -> list[Stage]:
-    """All policies of Section 6, for every seed. What several of them wait for comes first."""
-    cfg, preparations, policies = setups[0].cfg, [], []
+    """All policies of Section 6, for every seed.
+
+    `get_all` needs each stage after those that it reads. The initial critics of PPO need the reward
+    models, so they come after PPO-GT, which keeps the other workers busy meanwhile.
+    """
+    cfg, reward_models, ppo_gt, critics, others = setups[0].cfg, [], [], [], []
     for setup in setups:
-        preparations += [Stage(fit_reward_model, setup),
-                         Stage(fit_initial_values, setup, "ppo_gt", make_true_score)]
-    for setup in setups:
-        policies += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
-    values = [Stage(fit_initial_values, setup, "ppo", make_learned_score) for setup in setups]
-    later = []
-    for setup in setups:
-        later += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
-                                       "unlikelihood": cfg.alphas,
-                                       "preferred_ft": tuple(range(cfg.preferred_runs))})
-    setups[0].stages.get_all(preparations + policies + values + later, report=True)
-    return policies + later
+        reward_models += [Stage(fit_reward_model, setup),
+                          Stage(initial_critic, setup, "ppo_gt", make_true_score)]
+        ppo_gt += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
+        critics.append(Stage(initial_critic, setup, "ppo", make_learned_score))
+        others += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
+                                        "unlikelihood": cfg.alphas,
+                                        "preferred_ft": tuple(range(cfg.preferred_runs))})
+    setups[0].stages.get_all(reward_models + ppo_gt + critics + others, report=True)
+    return ppo_gt + others
 
 
 def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[Stage]:
@@ -608,7 +621,7 @@ def measure_figure(setup: Setup, name: str, measure: Callable,
     score = make_learned_score(setup)
 
     def learned_reward(ids: Tensor, mask: Tensor) -> Tensor:
-        return score(ids, mask).round(decimals=4)    # equal texts tie, whatever their batch
+        return score(ids, mask).round(decimals=4)    # the batch changes the last digits
 
     setup = setup._replace(train_prompts=prompts_of_split(setup, "train", setup.cfg.prompts),
                            eval_prompts=evaluation_prompts(setup), learned_reward=learned_reward)
@@ -627,7 +640,7 @@ def write_preferences(setup: Setup, overwrite: bool) -> None:
     path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
     if path.exists() and not overwrite:
         return
-    pairs = training_pairs(setup)
+    pairs = training_preferences(setup)
     harness.write_jsonl(path, harness.export_preferences(setup.encoding, pairs))
     print(tables.summary_of_preferences(setup.encoding, pairs, evaluation_prompts(setup)),
           flush=True)
@@ -637,12 +650,12 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
                args: argparse.Namespace, pair_texts: list[dict]) -> int:
     """Section 6, in its order, as one of several workers.
 
-    Returns the exit code: 1 if a run failed or is above the optimum, which cannot be.
+    Returns the exit code: 1 if a run failed, or if one is above the optimum, which means a bug.
     """
     out, losses = pathlib.Path(args.out), harness.load_losses(args.loss, reserved=STYLE)
     stages = Stages(out, store)
     if losses:
-        stages.watch = partial(figures.draw_progress, out)
+        stages.on_row = partial(figures.draw_progress, out)
     setups = [prepare(cfg, seed, stages, device, pair_texts, args.pairs)
               for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
     for setup in setups:    # first, because all workers can share it
@@ -665,7 +678,7 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
     measured += figures.earlier_rows(out, optimum, measured)
     rows = [reference_row(setup) for setup in setups]
     rows += [row for run in runs for row in run["rows"]]
-    rows = tables.complete_rows(rows, measured, optimum, dataclasses.asdict(cfg))
+    rows = tables.finish_rows(rows, measured, optimum, dataclasses.asdict(cfg))
     if not losses:    # with --loss, an earlier command's costs stay
         measured = [row for row in measured if row["figure"] != "cost"]
         measured += cost.compute_costs(rows, optimum, stages.seconds)

@@ -16,7 +16,8 @@ matplotlib.use("Agg")    # write files, never open a window
 import matplotlib.pyplot as plt    # noqa: E402 (after the backend is chosen)
 
 MIN_ESS = 50    # the optimum is reliable, and drawn solid, from this effective sample size on
-PUBLISHED = pathlib.Path(__file__).parent
+PUBLISHED = pathlib.Path(__file__).parent    # the figures and results that the README shows
+BEST_OF_N = "best_of_n", "best_of_n_gt"
 STYLE = {    # method -> label, colour, marker; the palette of Okabe and Ito, safe for colour-blind
     "sft": ("SFT", "#000000", "*"),
     "dpo": ("DPO", "#D55E00", "o"),
@@ -31,7 +32,7 @@ USER_STYLE = [("#E7298A", "P"), ("#8C564B", ">"), ("#999933", "h"), ("#7F3FBF", 
               ("#B22222", "<"), ("#2F4F4F", "8"), ("#66A61E", "d")]    # colour, marker
 
 
-def style(methods) -> dict[str, tuple[str, str, str]]:
+def styles_of(methods) -> dict[str, tuple[str, str, str]]:
     """Label, colour and marker of each method; users' losses take the next free ones."""
     user_losses = sorted(set(methods) - set(STYLE))
     extra = {name: (name, *USER_STYLE[i % len(USER_STYLE)])
@@ -54,7 +55,7 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     for name in steps[0]:
         x = torch.tensor([step[name] for step in steps], dtype=torch.float64)
         means[name] = x.mean().item()
-        means[f"{name}_se"] = x.std(correction=0).item() / max(len(x) - 1, 1) ** .5
+        means[f"{name}_se"] = x.std(correction=0).item() / max(len(x) - 1, 1) ** .5    # 0 of one
     return means
 
 
@@ -85,7 +86,7 @@ def evaluation_prompts(setup) -> tuple[Tensor, Tensor]:
     return tuple(p.to(setup.device) for p in prompts)
 
 
-REFERENCE = {"method": "sft", "setting": 0., "step": 0, "kl": 0., "state": {}}    # like a policy
+REFERENCE = {"method": "sft", "setting": 0., "step": 0, "kl": 0., "state": {}}    # as a policy
 
 
 def load_policy(setup, state: dict) -> nn.Module:
@@ -106,7 +107,7 @@ def short_label(method: str) -> str:
 
 
 def paired_bar_style(is_filled: bool, colour: str) -> dict[str, str]:
-    """Of two bars side by side, one is filled and one is hatched, in the same colour."""
+    """Keyword arguments of `bar`: filled or hatched, for two bars of one colour side by side."""
     if is_filled:
         return {"color": colour, "edgecolor": colour}
     return {"color": "white", "edgecolor": colour, "hatch": "///"}

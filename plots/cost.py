@@ -15,16 +15,16 @@ from plots.tables import optimum_of
 KL, SHARE = 2., .8    # the goal: this share of the optimal gain at this KL, nats
 COMPONENTS = {    # what a method needs before its training -> the stages of train.py, by name
     "SFT": r"train-reference-seed{seed}",
-    "sampling and labelling": r"complete-part-train-\d+-\d+-seed{seed}",
+    "sampling and labelling": r"sample-completions-part-train-\d+-\d+-seed{seed}",
     "reward model": r"fit-reward-model-seed{seed}",
-    "values": r"fit-initial-values-{method}-seed{seed}",
+    "initial critic": r"initial-critic-{method}-seed{seed}",
 }
 SHADES = dict(zip(COMPONENTS, ("0.85", "0.7", "0.5", "0.3")))
 ON_PAIRS = ["SFT", "sampling and labelling"]
 PIPELINES = {    # method -> its components
     "dpo": ON_PAIRS,
     "ppo": list(COMPONENTS),
-    "ppo_gt": [*ON_PAIRS, "values"],
+    "ppo_gt": [*ON_PAIRS, "initial critic"],
     "unlikelihood": ON_PAIRS,
     "preferred_ft": ON_PAIRS,
 }

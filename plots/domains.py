@@ -14,7 +14,7 @@ import data
 import dpo
 from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
                    short_label)
-from plots.frontier import estimate, sample_mixture, sample_rewards
+from plots.frontier import optimum_from_samples, sample_mixture, sample_rewards
 from plots.winrate import policies_to_compare, review_prompts, win_probability
 
 DOMAINS = {"film": "films (trained on)", "restaurant": "restaurants (never trained on)"}
@@ -54,7 +54,7 @@ def measure(setup, runs: list[dict]) -> list[dict]:
                                          device=setup.device)
         *_, mixture_reward, log_weight = sample_mixture(setup, models, prompts, MIXTURE_SAMPLES,
                                                         generator)
-        optimum = estimate(mixture_reward, log_weight)
+        optimum = optimum_from_samples(mixture_reward, log_weight)
         for policy, model in zip(policies, models):
             row = evaluate(setup, policy, model, domain, prompts, review_reward)
             row.update(share=None, share_se=None)

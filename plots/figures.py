@@ -5,7 +5,9 @@ measured.jsonl   rows that single figures measured; the column `figure` names th
 optimum.json     the optimal frontier
 failures.jsonl   runs that failed, with the reason
 
-A new figure is a module in plots/ with `measure` and `draw`, and a line in FROM_POLICIES.
+A new figure is a module in plots/ with measure(setup, runs) -> rows and draw(rows, path), imported
+here, with a line in FROM_POLICIES. Each row has "figure": its name. `runs` are the values of
+`train.train_policy`; the setup also has `eval_prompts`, `train_prompts` and `learned_reward`.
 """
 import pathlib
 

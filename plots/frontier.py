@@ -8,12 +8,12 @@ from torch import Tensor
 
 import data
 import dpo
-from harness import PARTS, Stage, cached, part_numbers
+from harness import PARTS, Stage, cached, part_indices
 from model import GPT, batched_sequence_logp, generate, map_batches, response_kl
-from plots import MIN_ESS, evaluation_prompts, load_finished_policy, plt, save, style
+from plots import (BEST_OF_N, MIN_ESS, evaluation_prompts, load_finished_policy, plt, save,
+                   styles_of)
 
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
-BEST_OF_N = "best_of_n", "best_of_n_gt"
 
 
 # ------------------------------------------------------------------------- measuring the optimum
@@ -24,9 +24,8 @@ def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], s
     Each policy samples n = `samples` responses to each of X prompts. -> ids and mask
     (X, M * n, T), true rewards and log weights (`dpo.balance_heuristic`) (X, M * n).
 
-    The weight is pi_ref(y|x) / (mean of the policies' pi_m(y|x)). So the mean of weight * f(y) is
-    an unbiased estimate of E_{y~pi_ref}[f(y)], also of Z, where f = exp(r / beta), whatever the
-    policies are. Policies that are nearer to the optimum than pi_ref give more effective samples.
+    Whatever the policies are, the estimates are unbiased (`dpo.balance_heuristic`). Policies that
+    are nearer to the optimum than pi_ref give more effective samples.
     """
     max_tokens, end = setup.cfg.max_tokens, setup.encoding.eot_token
     generated = [generate(policy, prompts, samples, max_tokens, end, generator)
@@ -59,7 +58,7 @@ def sample_rewards(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: 
     return tuple(x.view(-1, samples).cpu() for x in (reward, kl, length))
 
 
-def estimate(reward: Tensor, log_weight: Tensor) -> dict:
+def optimum_from_samples(reward: Tensor, log_weight: Tensor) -> dict:
     """The optimal frontier from rewards and log weights, and `ref_reward`, pi_ref's mean reward."""
     ref_reward = (log_weight.softmax(1) * reward).sum(1).mean().item()
     betas = torch.logspace(-3.5, 1.5, 200)
@@ -80,7 +79,7 @@ def choose_proposals(setup, policies: list[Stage]) -> tuple[Stage, ...]:
 
 
 @cached
-def sample_optimum(setup, part: int, proposals: tuple[Stage, ...]) -> tuple[Tensor, Tensor]:
+def sample_proposals(setup, part: int, proposals: tuple[Stage, ...]) -> tuple[Tensor, Tensor]:
     """Rewards and log weights of `sample_mixture`, for one part of the evaluation prompts.
 
     pi_ref and the finished policies of `proposals` sample.
@@ -99,10 +98,10 @@ def estimate_optimum(setup, policies: list[Stage]) -> dict:
     It is estimated from samples of pi_ref, and of some of the policies, which reach further.
     """
     proposals = choose_proposals(setup, policies)
-    samples = setup.stages.get_all([Stage(sample_optimum, setup, part, proposals)
-                                    for part in part_numbers(setup.cfg.eval_prompts)])
+    samples = setup.stages.get_all([Stage(sample_proposals, setup, part, proposals)
+                                    for part in part_indices(setup.cfg.eval_prompts)])
     reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
-    return estimate(reward, log_weight)
+    return optimum_from_samples(reward, log_weight)
 
 
 def mean_optimum(optima: dict[int, dict]) -> dict:
@@ -194,7 +193,7 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
     """Draw all rows of results.jsonl and the optimum."""
     figure, axis = plt.subplots(figsize=(10.5, 5.4))
     draw_optimum(axis, optimum)
-    styles = style(row["method"] for row in rows)
+    styles = styles_of(row["method"] for row in rows)
     for method, method_style in styles.items():
         method_rows = [row for row in rows if row["method"] == method]
         if method_rows:

@@ -23,7 +23,7 @@ VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of ano
     "16 rounds": ("#7F3FBF", "^", "-"),
     "twice as wide": ("#E7298A", "P", "-."),
 }
-NATS = {    # (method, variant) whose nats are drawn, beside those of the optimum
+NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of the optimum
     ("ppo_gt", PAPER): STYLE["ppo_gt"][1],
     ("dpo", PAPER): STYLE["dpo"][1],
     ("dpo", "16 rounds"): VARIANTS["16 rounds"][0],
@@ -162,7 +162,7 @@ def draw_nats(axis, rows: list[dict]) -> None:
     bars = [(row, "0.25", f"optimum, KL {row['kl']:.1f}") for row in rows
             if row["method"] == "optimum"]
     for row in rows:
-        colour = NATS.get((row["method"], row["variant"]))
+        colour = NATS_COLOURS.get((row["method"], row["variant"]))
         if colour:
             label = short_label(row["method"])
             variant = f", {row['variant']}" if row["method"] == "dpo" else ""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import data
-from model import GPT, generate, map_batches, response_token_logp
+from model import GPT, generate, last_response_token, map_batches, response_token_logp
 from plots import mean_and_se
 from plots.frontier import sample_mixture
 
@@ -128,7 +128,7 @@ def optimum_nats(setup, policies: list[GPT], beta: float) -> dict:
     generator = data.named_generator("nats of the optimum", setup.cfg.seed, device=setup.device)
     ids, mask = (x.cpu() for x in sample_optimal_policy(setup, policies, beta, generator))
     reward = data.true_reward(setup.encoding, ids, mask)
-    begin, stop = mask.int().argmax(1), ids.shape[1] - mask.int().flip(1).argmax(1)
+    begin, stop = mask.int().argmax(1), last_response_token(mask) + 1
     log_ratio = torch.zeros(ids.shape, dtype=torch.float64)
     before = log_value(setup, ids, begin, beta, generator)
     for t in range(int(begin.min()), int(stop.max())):

@@ -16,7 +16,7 @@ import data
 import dpo
 from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
                    short_label)
-from plots.frontier import estimate, sample_mixture, sample_rewards
+from plots.frontier import optimum_from_samples, sample_mixture, sample_rewards
 from plots.winrate import policies_to_compare
 
 KL = 2.                 # nats, of the optimum in the left panel
@@ -42,12 +42,12 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     models = [load_policy(setup, policy["state"]) for policy in policies]
     generator = data.named_generator("seen prompts", setup.cfg.seed, device=setup.device)
     *_, reward, log_weight = sample_mixture(setup, models, prompts, MIXTURE_SAMPLES, generator)
-    _, beta, _ = dpo.optimal_reward(KL, estimate(reward, log_weight))
+    _, beta, _ = dpo.optimal_reward(KL, optimum_from_samples(reward, log_weight))
     log_z = dpo.log_partition(log_weight - math.log(reward.shape[1]), reward, beta)
     rows = [{"figure": "prompts", "panel": "log Z", "beta": beta, "length": int(n), "log_z": z,
              "seen": bool(s)} for n, z, s in zip(lengths, log_z.tolist(), seen)]
-    optima = {"seen": estimate(reward[seen], log_weight[seen]),
-              "unseen": estimate(reward[~seen], log_weight[~seen])}
+    optima = {"seen": optimum_from_samples(reward[seen], log_weight[seen]),
+              "unseen": optimum_from_samples(reward[~seen], log_weight[~seen])}
     for policy, model in zip(policies[1:], models[1:]):    # pi_ref has no share
         rows += share_rows(setup, policy, model, prompts, {"seen": seen, "unseen": ~seen}, optima)
     return rows

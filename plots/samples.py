@@ -6,7 +6,7 @@ import re
 
 import data
 from model import generate
-from plots import REFERENCE, load_policy, policy_near_kl, style
+from plots import REFERENCE, load_policy, policy_near_kl, styles_of
 
 PROMPTS = 4
 METHODS = "dpo", "ppo", "ppo_gt", "preferred_ft", "unlikelihood"
@@ -56,7 +56,7 @@ def escape_markdown(text: str) -> str:
 
 
 def table_row(row: dict) -> str:
-    label, *_ = style([row["method"]])[row["method"]]
+    label, *_ = styles_of([row["method"]])[row["method"]]
     return (f"| {label} | {row['setting']:g} | {row['kl']:.2f} | {row['reward']:.2f} | "
             f"{escape_markdown(row['response'])} |")
 

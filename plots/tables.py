@@ -8,7 +8,7 @@ from torch import Tensor
 
 import data
 import dpo
-from plots import MIN_ESS, style
+from plots import BEST_OF_N, MIN_ESS, styles_of
 
 
 def optimum_of(optimum: dict, seed: int) -> dict:
@@ -53,13 +53,13 @@ def above_optimum(rows: list[dict], optimum: dict) -> list[dict]:
     return found
 
 
-def complete_rows(rows: list[dict], measured: list[dict], optimum: dict, config: dict) -> list[dict]:
-    """The rows of results.jsonl: those of SFT and of training, with Best-of-N, shares and config."""
+def finish_rows(rows: list[dict], measured: list[dict], optimum: dict, config: dict) -> list[dict]:
+    """The rows of results.jsonl: those of SFT and training, with Best-of-N, shares and config."""
     for row in measured:
         if row["figure"] == "best_of_n" and row["setting"] > 1:    # Best-of-1 is SFT
             rows = rows + [{name: x for name, x in row.items() if name != "figure"}]
     rows = [{**row, "config": config} for row in rows]
-    methods = list(style(row["method"] for row in rows))    # in the order of the legend
+    methods = list(styles_of(row["method"] for row in rows))    # in the order of the legend
     rows.sort(key=lambda row: methods.index(row["method"]))
     add_shares(rows, optimum)
     return rows
@@ -87,7 +87,7 @@ def table_of_policies(rows: list[dict]) -> str:
     lines = [f"{'method':<14}{'setting':>8}{'seed':>5}{'KL':>8}{'+-':>6}{'reward':>8}{'+-':>6}"
              f"{'share':>7}{'+-':>6}{'seconds':>9}"]
     for row in rows:
-        is_best_of_n = row["method"] in ("best_of_n", "best_of_n_gt")
+        is_best_of_n = row["method"] in BEST_OF_N
         if not row["final"] or (is_best_of_n and row["setting"] not in (4, 16, 64)):
             continue
         lines.append(f"{row['method']:<14}{row['setting']:>8g}{row['seed']:>5}{row['kl']:>8.2f}"
@@ -135,7 +135,7 @@ def table_of_shares(rows: list[dict], kls: tuple[float, ...] = (1., 2., 4., 7.))
     """The share of the optimal gain at some KLs, along each method's own frontier."""
     lines = ["share of the optimal gain at KL" + "".join(f"{kl:>14g}" for kl in kls)
              + "   along each method's own frontier, mean over seeds"]
-    for method, (label, *_) in style(row["method"] for row in rows).items():
+    for method, (label, *_) in styles_of(row["method"] for row in rows).items():
         cells = [mean_share(shares_at(rows, method, kl)) for kl in kls]
         if set(cells) != {"-"}:
             lines.append(f"{label:<31}" + "".join(f"{cell:>14}" for cell in cells))
@@ -144,7 +144,7 @@ def table_of_shares(rows: list[dict], kls: tuple[float, ...] = (1., 2., 4., 7.))
 
 def summary_of_preferences(encoding, pairs: data.Preferences,
                            eval_prompts: tuple[Tensor, Tensor]) -> str:
-    """What pi_ref's completions are like, and how many prompts of the evaluation are among theirs.
+    """A sentence on pi_ref's completions, and on which evaluation prompts occur in the pairs.
 
     Grammar is checked on the first 1,000 completions.
     """

@@ -50,7 +50,7 @@ class Stages:
         """Return the values of several stages."""
         return [stage.value for stage in stages]
 
-    def watch(self, row):
+    def on_row(self, row):
         """Record a row of a run that is not finished yet."""
         self.watched.append(row)
 

@@ -212,7 +212,7 @@ def read_diagnosis(job: Job) -> dict:
 def grade_place(where: str, target: str) -> tuple[float, str]:
     """The share of the points for where the bug is."""
     where = where.strip().removesuffix("()").replace(".py:", ".").replace("/", ".")
-    name = target.partition(".")[2]    # of train.frontier.estimate, which is in plots
+    name = target.partition(".")[2]    # of train.frontier.optimum_from_samples, which is in plots
     if where in (target, name, f"plots.{name}"):
         return 1., "that is the function"
     if where.split(".")[0].removesuffix(".py") == target.split(".")[0]:

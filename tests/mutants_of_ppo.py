@@ -19,7 +19,7 @@ def reward_pair_swapped(original, r_w, r_l):
 
 
 @plant("the reward is read at the last column",
-       "ppo.last_response_token",
+       "model.last_response_token",
        "the_reward_is_read_at_the_last_response_token",
        "filler_does_not_change_the_reward",
        "the_score_is_paid_on_the_last_real_token")
@@ -177,7 +177,7 @@ def value_error_optimistic(original, value, old_value, returns, clip=.2):
 
 # ------------------------------------------------------------------ the controller, the roll-out
 @plant("the controller lowers the price of KL above the target",
-       "ppo.adapt_coefficient",
+       "ppo.adapt_kl_coef",
        "the_controller_converges_to_its_target",
        "the_price_of_kl_moves_by_a_clipped_proportion",
        "ppo_starts_at_the_reference_and_prices_kl_by_its_controller")
@@ -229,7 +229,7 @@ def gradients_not_cleared(original, *arguments):
 
 
 @plant("the values are fitted with the default weight decay of AdamW",
-       "ppo.fit_values",
+       "ppo.pretrain_critic",
        "fitted_values_follow_the_trace_of_a_regression")
 def values_decay(original, *arguments):
     adamw = torch.optim.AdamW
@@ -272,10 +272,10 @@ def default_eps(original, *arguments):
        "ppo_follows_the_trace_of_its_recipe",
        "ppo_arrives_at_the_target_kl_and_at_equation_4_of_its_own_price")
 def controller_sees_the_sum(original, *arguments):
-    adapt = ppo.adapt_coefficient
+    adapt = ppo.adapt_kl_coef
 
     def adapt_to_the_sum(coefficient, kl, target, episodes, horizon):
         return adapt(coefficient, kl * episodes, target, episodes, horizon)
 
-    with mock.patch("ppo.adapt_coefficient", adapt_to_the_sum):
+    with mock.patch("ppo.adapt_kl_coef", adapt_to_the_sum):
         yield from original(*arguments)

@@ -55,18 +55,18 @@ def training_on_evaluation_prompts(original, setup, split, *arguments):
 
 
 @plant("the reward model is tested on prompts that it is trained on",
-       "train.reference_pairs",
+       "train.reference_preferences",
        "the_reward_model_learns_all_pairs_and_is_tested_on_held_out_ones")
 def nothing_held_out(original, setup, split, count):
     return original(setup, "train", count)
 
 
 @plant("the preferences of --pairs are ignored",
-       "train.training_pairs",
+       "train.training_preferences",
        "preferences_of_a_user_replace_those_of_pi_ref")
 def user_pairs_ignored(original, setup):
     train = importlib.import_module("train")
-    return train.reference_pairs(setup, "train", setup.cfg.prompts)
+    return train.reference_preferences(setup, "train", setup.cfg.prompts)
 
 
 # ----------------------------------------------------------------------------- the scores of PPO
@@ -91,7 +91,7 @@ def score_of_each_batch(original, *arguments):
 
 
 @plant("the values of PPO are fitted to the true reward",
-       "train.fit_initial_values",
+       "train.initial_critic",
        "the_values_of_ppo_are_fitted_to_its_scores_of_all_completions")
 def values_of_the_true_reward(original, setup, method, make_score):
     train = importlib.import_module("train")
@@ -147,7 +147,7 @@ def nan_ignored(original, statistics):
 
 # ------------------------------------------------------------------------------ on-policy rounds
 @plant("the reference of the loss is the policy that sampled the round, instead of pi_ref",
-       "train.complete",
+       "train.sample_completions",
        "the_pairs_of_a_round_are_the_policys_and_the_reference_is_pi_refs",
        "rounds_on_bradley_terry_labels_arrive_at_equation_4")
 def reference_of_the_round(original, setup, policy, prompts, generator):
@@ -193,7 +193,7 @@ def rounds_of_equal_random_numbers(original, *arguments):
        "train.train_on_pairs",
        "one_round_trains_on_the_pairs_of_pi_ref")
 def one_round_sampled(original, *arguments):
-    with mock.patch("train.training_pairs", return_value=None):
+    with mock.patch("train.training_preferences", return_value=None):
         return original(*arguments)
 
 

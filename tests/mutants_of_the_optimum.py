@@ -202,7 +202,7 @@ def weights_of_one_policy(original, *arguments):
 
 
 @plant("samples of trained policies count as samples of pi_ref",
-       "train.frontier.estimate",
+       "train.frontier.optimum_from_samples",
        "the_frontier_of_a_mixture_is_that_of_all_responses",
        "the_optimum_is_the_same_with_trained_policies_among_the_samplers")
 def weights_forgotten(original, reward, log_weight):
@@ -210,7 +210,7 @@ def weights_forgotten(original, reward, log_weight):
 
 
 @plant("the mean reward of pi_ref is the mean over the samples of all policies",
-       "train.frontier.estimate",
+       "train.frontier.optimum_from_samples",
        "the_frontier_of_a_mixture_is_that_of_all_responses")
 def reference_reward_of_the_mixture(original, reward, log_weight):
     return {**original(reward, log_weight), "ref_reward": reward.mean().item()}

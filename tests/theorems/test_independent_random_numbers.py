@@ -54,7 +54,7 @@ def test_no_two_parts_or_splits_share_random_numbers():
     """
     with recorded_generators() as made:
         for split, seed in itertools.product(("train", "validation"), (SEED, SEED + 1)):
-            train.reference_pairs(setup_of(9, seed=seed), split, 5)
+            train.reference_preferences(setup_of(9, seed=seed), split, 5)
     states = {state for _, state in made}
     assert len(states) == len(made) == 4 * 7, \
         f"{len(made)} generators make {len(states)} different random numbers, not 28"
@@ -88,8 +88,8 @@ def run_all_stages(seed):
                      optimum_samples=2, reviews=50, rounds=3)
     setup.corpus["restaurant"] = reviews(2, seed=4)
     one_round = setup._replace(cfg=dataclasses.replace(setup.cfg, rounds=1))
-    with recorded_generators() as made, mock.patch.multiple(
-            ppo, train_reward_model=mock.DEFAULT, fit_values=mock.DEFAULT, train_ppo=mock.DEFAULT):
+    patches = dict.fromkeys(("train_reward_model", "pretrain_critic", "train_ppo"), mock.DEFAULT)
+    with recorded_generators() as made, mock.patch.multiple(ppo, **patches):
         for domain in ("film", "restaurant"):
             train.make_corpus(setup, domain)
         sft_inputs(setup)

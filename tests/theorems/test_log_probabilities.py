@@ -186,7 +186,7 @@ def test_half_precision_is_promoted_before_the_softmax():
     assert result.dtype == torch.float32, \
         f"the log-softmax of bfloat16 logits must be float32, not {result.dtype}"
     agree(result, exact,
-          "log pi(y|x) of half-precision logits must not be rounded: promote them before the "
+          "log pi(y|x) of half-precision logits must not be rounded: upcast_half them before the "
           "log-softmax", tolerance=1e-5)
 
 

@@ -154,8 +154,8 @@ STATISTICS = {    # what train_ppo yields -> what is likely wrong
     "loss": "the loss must be that of the step's last minibatch",
     "score": "the score must be the mean over the episodes of the step",
     "rollout_kl": "the KL must be the mean over episodes of the sum over tokens of log pi/pi_ref",
-    "coefficient": "the controller must see the mean KL of a sequence, not a sum over the batch; "
-                   "it starts at ppo_coefficient / target and changes after each step",
+    "kl_coef": "the controller must see the mean KL of a sequence, not a sum over the batch; "
+                   "it starts at ppo_init_kl_coef / target and changes after each step",
     "sampled_tokens": "sampled tokens must be the response tokens of the step",
     "trained_tokens": "trained tokens must be the sampled tokens times the epochs",
 }
@@ -187,7 +187,7 @@ def sampled_episodes(policy, ref, critic, count, completions, generator):
 def trace_of_ppo(cfg, policy, ref, critic, target, generator):
     """Train the policy in place by the recipe; return the statistics of each step."""
     adam = Adam([*policy.parameters(), *critic.head.parameters()], eps=1e-5)
-    price = cfg.ppo_coefficient / target
+    price = cfg.ppo_init_kl_coef / target
     count = cfg.ppo_batch // cfg.completions
     statistics = []
     for rate in RATES[cfg.ppo_steps]:
@@ -198,7 +198,7 @@ def trace_of_ppo(cfg, policy, ref, critic, target, generator):
         kl = fmean(sum(episode.old) - sum(episode.ref) for episode in episodes)
         tokens = sum(len(episode.positions) for episode in episodes)
         statistics.append({"loss": loss, "score": fmean(episode.score for episode in episodes),
-                           "rollout_kl": kl, "coefficient": price, "sampled_tokens": tokens,
+                           "rollout_kl": kl, "kl_coef": price, "sampled_tokens": tokens,
                            "trained_tokens": cfg.ppo_epochs * tokens})
         price *= 1 + min(max(kl / target - 1, -.2), .2) * cfg.ppo_batch / cfg.ppo_horizon
     return statistics
@@ -229,7 +229,7 @@ def test_ppo_follows_the_trace_of_its_recipe():
 
     Adam has eps 1e-5. The critic starts from the fitted values.
     """
-    cfg = SimpleNamespace(ppo_lr=.01, ppo_steps=4, ppo_coefficient=.6, ppo_batch=15, completions=3,
+    cfg = SimpleNamespace(ppo_lr=.01, ppo_steps=4, ppo_init_kl_coef=.6, ppo_batch=15, completions=3,
                           max_tokens=MAX_TOKENS, ppo_epochs=2, ppo_minibatch=4, ppo_horizon=70.)
     critic = scalar_model(seed=3)
     assert_train_ppo_follows_its_trace(cfg, critic.state_dict(), copy.deepcopy(critic), target=.35)
@@ -240,7 +240,7 @@ def test_without_fitted_values_ppo_follows_the_trace_from_zero():
 
     Here a step has 2 episodes: fewer than tokens in a prompt, and less than a minibatch.
     """
-    cfg = SimpleNamespace(ppo_lr=.02, ppo_steps=5, ppo_coefficient=.3, ppo_batch=2, completions=2,
+    cfg = SimpleNamespace(ppo_lr=.02, ppo_steps=5, ppo_init_kl_coef=.3, ppo_batch=2, completions=2,
                           max_tokens=MAX_TOKENS, ppo_epochs=3, ppo_minibatch=5, ppo_horizon=9.)
     critic = ppo.ScalarModel(world.gpt(seed=2))
     assert_train_ppo_follows_its_trace(cfg, None, critic, target=.5)
@@ -254,7 +254,7 @@ def test_ppo_arrives_at_the_target_kl_and_at_equation_4_of_its_own_price():
     r = rewards_by_token(seed=11)
     ref = world.gpt(seed=2, layers=1)
     ref_logp = world.table(ref).detach()
-    cfg = SimpleNamespace(ppo_lr=.01, ppo_steps=80, ppo_coefficient=1.2, ppo_batch=128,
+    cfg = SimpleNamespace(ppo_lr=.01, ppo_steps=80, ppo_init_kl_coef=1.2, ppo_batch=128,
                           completions=4, max_tokens=MAX_TOKENS, ppo_epochs=2, ppo_minibatch=32,
                           ppo_horizon=600.)
     for target in (.5, 1.):
@@ -266,8 +266,8 @@ def test_ppo_arrives_at_the_target_kl_and_at_equation_4_of_its_own_price():
         assert abs(kl / target - 1) < .15, \
             f"PPO ended at a KL of {kl:.3f} nats, its target is {target}: the controller must " \
             "see the mean KL of a sequence, not a sum over the batch"
-        price = statistics[-1]["coefficient"]
-        assert statistics[0]["coefficient"] > 1.5 * price, "the initial price must be far off"
+        price = statistics[-1]["kl_coef"]
+        assert statistics[0]["kl_coef"] > 1.5 * price, "the initial price must be far off"
         optimum = dpo.optimal_policy(ref_logp, r, price)
         distance = world.total_variation(logp, optimum)
         assert (world.total_variation(ref_logp, optimum) > .3).all(), "pi* must be far from pi_ref"

@@ -198,7 +198,7 @@ def test_the_reward_model_follows_the_trace_of_equation_2():
     agree(fitted["accuracy"], accuracy,
           "the accuracy must be the share of held-out pairs in the right order, in the best epoch",
           tolerance=1e-6)
-    agree(torch.tensor([fitted["mean"], fitted["deviation"]]).double(),
+    agree(torch.tensor([fitted["mean"], fitted["std"]]).double(),
           torch.tensor([fmean(r), stdev(r)]).double(),
           "mean and deviation must be those of all held-out rewards, after the best epoch")
     agree(flat(fitted["model"]), flat(parameters),
@@ -215,7 +215,7 @@ def test_a_constant_reward_ranks_no_pair():
     pairs = preferences([0, 2], [1, 3], 2, 2, seed=3)
     fitted = ppo.train_reward_model(world.gpt(seed=1), pairs, pairs, [[torch.tensor([0, 1])]], 0.,
                                     "cpu")
-    agree(torch.tensor([fitted["accuracy"], fitted["mean"], fitted["deviation"]]), torch.zeros(3),
+    agree(torch.tensor([fitted["accuracy"], fitted["mean"], fitted["std"]]), torch.zeros(3),
           "a reward that is 0 everywhere must have accuracy, mean and deviation 0")
     assert "model" in fitted, "an epoch with accuracy 0 must be kept if there is no better one"
 
@@ -265,7 +265,7 @@ def test_fitted_values_follow_the_trace_of_a_regression():
             errors += [(output[t - 1] - targets[row]) ** 2 for t in positions]
         adam.lr = .03 * rate
         adam.step(sum(errors) / len(errors))
-    fitted = ppo.fit_values(ref, ids, mask, score, 4, .03, world.generator(6))
+    fitted = ppo.pretrain_critic(ref, ids, mask, score, 4, .03, world.generator(6))
     agree(flat(fitted), flat(critic.state_dict()),
           "the fitted values left the trace of their recipe: is the loss no mean over the tokens "
           "of a batch, is a value read after its token, or is there weight decay?", tolerance=1e-9)
@@ -283,7 +283,7 @@ def test_fitted_values_are_expected_scores_at_every_prefix():
     rows = torch.arange(X * N).repeat_interleave(count.flatten()).repeat(120)
     network = world.gpt(seed=3)
     critic = ppo.ScalarModel(network)
-    critic.load_state_dict(ppo.fit_values(network, ids[rows], mask[rows], table_score(r), 160,
+    critic.load_state_dict(ppo.pretrain_critic(network, ids[rows], mask[rows], table_score(r), 160,
                                           1.4e-2, world.generator(5)))
     expected = []
     for x in range(X):

@@ -184,7 +184,7 @@ def test_one_round_trains_on_the_pairs_of_pi_ref():
     Training on the same pairs from a user's file gives exactly the same policy.
     """
     setup = setup_of_rounds(9, rounds=1, batch_prompts=4)
-    pairs = train.training_pairs(setup)
+    pairs = train.training_preferences(setup)
     from_file = fake_setup(setup.ref, preferences=pairs, batch_prompts=4)
     trained = []
     for each_setup in (setup, from_file):

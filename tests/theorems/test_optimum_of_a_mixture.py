@@ -153,7 +153,7 @@ def test_the_frontier_of_a_mixture_is_that_of_all_responses():
     r, ref, _ = enumerable_task()
     logps, counts = mixture_of_policies()
     log_weight = dpo.balance_heuristic(ref, logps)
-    optimum = frontier.estimate(*sample_of_mixture(r, log_weight, counts))
+    optimum = frontier.optimum_from_samples(*sample_of_mixture(r, log_weight, counts))
     expected, points = [], []
     columns = (optimum[name] for name in ("beta", "kl", "reward", "ess"))
     for beta, *point in zip(*columns):
@@ -259,9 +259,9 @@ def test_the_mean_over_seeds_is_the_frontier_of_the_prompts_of_all_seeds():
     """
     rewards = world.normal(3, 7, 50, seed=5)                                  # (seeds, X, n)
     log_weights = world.normal(3, 7, 50, seed=6, scale=.5)
-    optima = dict(zip((4, 5, 6), map(frontier.estimate, rewards, log_weights)))
+    optima = dict(zip((4, 5, 6), map(frontier.optimum_from_samples, rewards, log_weights)))
     mean = frontier.mean_optimum(optima)
-    together = frontier.estimate(rewards.flatten(0, 1), log_weights.flatten(0, 1))
+    together = frontier.optimum_from_samples(rewards.flatten(0, 1), log_weights.flatten(0, 1))
     for name in ("beta", "kl", "reward", "se", "ref_reward"):
         world.agree(numbers(mean[name]), numbers(together[name]),
                     f"{name} of the mean over seeds is that of the prompts of all seeds")

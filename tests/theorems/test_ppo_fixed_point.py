@@ -165,8 +165,9 @@ def test_fitted_values_are_expected_scores():
         samples.append(x * N + sampled)
     rows = torch.cat(samples)
     critic = ppo.ScalarModel(ref)
-    critic.load_state_dict(
-        ppo.fit_values(ref, ids[rows], mask[rows], token_id_reward, 40, 1e-2, world.generator(5)))
+    state = ppo.pretrain_critic(ref, ids[rows], mask[rows], token_id_reward, 40, 1e-2,
+                                world.generator(5))
+    critic.load_state_dict(state)
     first_rows = torch.arange(0, X * N, N)                             # one response to each prompt
     first_tokens = mask[first_rows].int().argmax(1)
     value = values_of(critic, ids, mask)[first_rows, first_tokens]

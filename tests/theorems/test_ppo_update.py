@@ -104,7 +104,7 @@ def test_the_first_loss_of_an_update_is_the_critics():
                           len(rollout.ids), world.generator(1))
     errors = (rollout.value - returns)[rollout.mask]
     agree(torch.tensor(loss, dtype=torch.float64), .1 * (errors ** 2).mean() / 2,
-          "the first loss must be value_weight (V - R)^2 / 2: are the advantages not whitened, is "
+          "the first loss must be vf_coef (V - R)^2 / 2: are the advantages not whitened, is "
           "the price of KL lost, or has the critic's loss another weight?", tolerance=1e-7)
 
 
@@ -135,7 +135,7 @@ def run_ppo(ref, steps, target, horizon):
     Returns the policy, and the statistics of each step. The price of KL starts at .4 / target; it
     hardly changes if the horizon is large.
     """
-    cfg = SimpleNamespace(ppo_lr=1e-2, ppo_steps=steps, ppo_coefficient=.4, ppo_batch=64,
+    cfg = SimpleNamespace(ppo_lr=1e-2, ppo_steps=steps, ppo_init_kl_coef=.4, ppo_batch=64,
                           completions=4, max_tokens=MAX_TOKENS, ppo_epochs=3, ppo_minibatch=32,
                           ppo_horizon=horizon)
     policy = copy.deepcopy(ref)
@@ -172,5 +172,5 @@ def test_ppo_starts_at_the_reference_and_prices_kl_by_its_controller():
         expected.append(expected[-1] * (1 + error * 64 / 300))
     first_kl = steps[0]["rollout_kl"]
     assert first_kl == 0., f"the policy starts at pi_ref, so its first KL is 0, not {first_kl}"
-    agree(torch.tensor([step["coefficient"] for step in steps]), torch.tensor(expected),
+    agree(torch.tensor([step["kl_coef"] for step in steps]), torch.tensor(expected),
           "the price of KL must follow the controller")

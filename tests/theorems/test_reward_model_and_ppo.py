@@ -130,7 +130,7 @@ def test_the_reward_model_learns_the_preferences_and_keeps_its_best_epoch():
     assert abs(fitted["accuracy"] - accuracy) < 1e-6 and accuracy > .75, \
         f"the accuracy is {accuracy:.3f}, the reported one {fitted['accuracy']:.3f}: are winner " \
         "and loser swapped, or is it not the best epoch?"
-    scale = torch.tensor([fitted["mean"], fitted["deviation"]])
+    scale = torch.tensor([fitted["mean"], fitted["std"]])
     agree(scale, torch.stack([r.mean(), r.std()]),
           "mean and deviation of the reward are not those of the epoch that was kept")
 
@@ -367,7 +367,7 @@ def test_the_price_of_kl_moves_by_a_clipped_proportion():
     c, target, episode_count, horizon = .3, 5., 64, 800.
     kls = [40., 5.5, 5., 4.5, 0.]
     errors = [.2, .1, 0., -.1, -.2]    # clip(KL / target - 1, -.2, .2)
-    prices = [ppo.adapt_coefficient(c, kl, target, episode_count, horizon) for kl in kls]
+    prices = [ppo.adapt_kl_coef(c, kl, target, episode_count, horizon) for kl in kls]
     expected = [c * (1 + error * episode_count / horizon) for error in errors]
     agree(torch.tensor(prices, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64),
           "the controller must raise c above the target and lower it below, by at most 20% of "
@@ -382,7 +382,7 @@ def test_the_controller_converges_to_its_target():
     final_kls = []
     for c in (30., .01):
         for _ in range(400):
-            c = ppo.adapt_coefficient(c, 2 / (c + .1), 3., 48, 200.)
+            c = ppo.adapt_kl_coef(c, 2 / (c + .1), 3., 48, 200.)
         final_kls.append(2 / (c + .1))
     agree(torch.tensor(final_kls), torch.tensor([3., 3.]),
           "the controller must steer the sequence KL to its target", tolerance=1e-5)

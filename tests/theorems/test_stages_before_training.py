@@ -113,7 +113,7 @@ def test_completions_are_responses_of_pi_ref_to_the_first_prompts_in_order():
 # ------------------------------------------------------------------------------------------- labels
 def labelled_pairs(**fields):
     """Label 9 prompts -> true rewards of the completions, [(winner, loser)], preferences."""
-    pairs = train.training_pairs(setup_of(9, **fields))
+    pairs = train.training_preferences(setup_of(9, **fields))
     reward = [true_reward(x + y) for x, y in as_lists(pairs.ids, pairs.mask)]
     return reward, list(zip(pairs.winner.tolist(), pairs.loser.tolist())), pairs
 
@@ -152,7 +152,7 @@ def test_completions_that_all_tie_are_no_preferences():
     with mock.patch.object(train, "reference_completions", lambda *arguments: completions):
         for split in ("train", "validation"):
             with pytest.raises(harness.UserError, match="no pair to learn from"):
-                train.reference_pairs(setup_of(2), split, 2)
+                train.reference_preferences(setup_of(2), split, 2)
 
 
 # ------------------------------------------------------------------------ rewards and values of PPO
@@ -200,7 +200,7 @@ def test_the_reward_model_learns_all_pairs_and_is_tested_on_held_out_ones():
 
 def test_preferences_of_a_user_replace_those_of_pi_ref():
     """--pairs: the reward model learns the user's pairs, and is tested on held-out ones."""
-    user_pairs = train.training_pairs(setup_of(9))
+    user_pairs = train.training_preferences(setup_of(9))
     _, pairs, held_out, *_ = reward_model_inputs(setup_of(9, preferences=user_pairs))
     assert pairs is user_pairs, "the reward model must learn the pairs of the user"
     assert len(held_out.ids) == 2 * K, "held-out pairs must be those of pi_ref"
@@ -224,7 +224,7 @@ def test_the_learned_reward_of_ppo_is_normalised_by_its_mean_and_deviation():
     setup = setup_of(3)
     model = ppo.ScalarModel(long_gpt(seed=5))
     torch.nn.init.normal_(model.head.weight, generator=world.generator(6))
-    fitted = {"model": model.state_dict(), "mean": .3, "deviation": 2.5}
+    fitted = {"model": model.state_dict(), "mean": .3, "std": 2.5}
     completions, texts = completions_of(setup, "train", 3)
     with mock.patch.object(train, "fit_reward_model", stage_of(setup, fitted)):
         score = train.make_learned_score(setup)(completions["ids"], completions["mask"])
@@ -236,9 +236,9 @@ def test_the_learned_reward_of_ppo_is_normalised_by_its_mean_and_deviation():
 def test_the_values_of_ppo_are_fitted_to_its_scores_of_all_completions():
     """A step has as many completions as a step of DPO with four completions to a prompt."""
     setup = setup_of(9, batch_prompts=5, rm_lr=.125)
-    with mock.patch.object(ppo, "fit_values") as fit_values:
-        train.fit_initial_values(setup, "ppo", stage_of(setup, "score"))
-    ref, ids, mask, score, batch, lr, _ = fit_values.call_args.args
+    with mock.patch.object(ppo, "pretrain_critic") as pretrain_critic:
+        train.initial_critic(setup, "ppo", stage_of(setup, "score"))
+    ref, ids, mask, score, batch, lr, _ = pretrain_critic.call_args.args
     completions, _ = completions_of(setup)
     assert torch.equal(ids, completions["ids"]) and torch.equal(mask, completions["mask"])
     assert ref is setup.ref and score == "score", "values must be those of the score of this PPO"
@@ -253,14 +253,14 @@ def test_ppo_gets_the_train_prompts_its_score_and_its_target():
     for target in (1., 2.):
         run = train.Run("ppo", target)
         with (mock.patch.object(ppo, "train_ppo") as train_ppo,
-              mock.patch.object(train, "fit_initial_values") as fit_initial_values):
+              mock.patch.object(train, "initial_critic") as initial_critic):
             steps, progress = train.train_with_ppo(setup, "policy", run, score)
         cfg, policy, ref, prompts, *inputs, generator, values = train_ppo.call_args.args
-        given, method, score_of_values = fit_initial_values.call_args.args
+        given, method, score_of_values = initial_critic.call_args.args
         assert steps == 6 and progress is train_ppo.return_value, "--ppo-steps steps of PPO"
         assert (cfg, policy, ref) == (setup.cfg, "policy", setup.ref)
         assert inputs == ["score", target, END], f"score, target and END must not be {inputs}"
-        assert values is fit_initial_values.return_value, "PPO must start from its initial values"
+        assert values is initial_critic.return_value, "PPO must start from its initial values"
         assert (given, method, score_of_values) == (setup, "ppo", score)
         for review, ids, n in zip(train_reviews, *prompts, strict=True):
             assert ids[:n].tolist() == review[:n], "the prompts must be those of train reviews"
@@ -293,8 +293,8 @@ def assert_optimum_is_enumerated(setup, optimum):
 def sampled_optimum(setup, policies):
     """The rewards and log weights of the samples for the optimum, (X, N) each, in float64."""
     proposals = frontier.choose_proposals(setup, policies)
-    samples = [frontier.sample_optimum(setup, part, proposals)
-               for part in harness.part_numbers(setup.cfg.eval_prompts)]
+    samples = [frontier.sample_proposals(setup, part, proposals)
+               for part in harness.part_indices(setup.cfg.eval_prompts)]
     return (torch.cat(x).double() for x in zip(*samples))
 
 
