@@ -2,11 +2,9 @@
 
 test_several_seeds.py has the experiment with two seeds.
 """
-import dataclasses
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -259,21 +257,3 @@ def test_a_loss_that_fails_late_ends_its_own_run_alone(copy, tmp_path):
     assert code == 1 and settings == [.5, 2.] and "tired" in printed, printed
     assert any(row["method"] == "late" and row["setting"] == 1. and row["final"]
                for row in read_rows(copy))
-
-
-# ------------------------------------------------------------------------------ the configuration
-def test_every_field_of_the_configuration_is_read():
-    """The code of the experiment reads every field: a flag without effect would mislead."""
-    code = "".join((ROOT / name).read_text("utf-8")
-                   for name in ("train.py", "ppo.py", "plots/__init__.py", "plots/frontier.py"))
-    unread = [field.name for field in dataclasses.fields(train.Config)
-              if not re.search(rf"cfg\.{field.name}\b", code)]
-    assert not unread, f"no code reads {unread}"
-
-
-def test_the_presets_are_valid():
-    """Every preset passes the checks of the command line."""
-    for preset in train.PRESETS:
-        cfg, _ = harness.read_flags(["--preset", preset], train.Config, train.PRESETS, "")
-        train.check_config(cfg)
-        assert cfg.prompts > 0

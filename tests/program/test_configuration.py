@@ -1,0 +1,70 @@
+"""The configuration of train.py: its fields, its presets, and sizes that do not fit together."""
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+import harness
+import train
+
+ROOT = pathlib.Path(train.__file__).parent
+
+
+def test_every_field_of_the_configuration_is_read():
+    """The code of the experiment reads every field: a flag without effect would mislead."""
+    code = "".join((ROOT / name).read_text("utf-8")
+                   for name in ("train.py", "ppo.py", "plots/__init__.py", "plots/frontier.py"))
+    unread = [field.name for field in dataclasses.fields(train.Config)
+              if not re.search(rf"cfg\.{field.name}\b", code)]
+    assert not unread, f"no code reads {unread}"
+
+
+def test_the_presets_are_valid():
+    """Every preset passes the checks of the command line."""
+    for preset in train.PRESETS:
+        cfg, _ = harness.read_flags(["--preset", preset], train.Config, train.PRESETS, "")
+        train.check_config(cfg)
+        assert cfg.prompts > 0
+
+
+def test_the_paper_preset_has_the_papers_sizes():
+    """25,000 prompts, 4 completions, alphas, deterministic labels, 3 epochs (Section 6, App. C)."""
+    cfg, _ = harness.read_flags(["--preset", "paper"], train.Config, train.PRESETS, "")
+    assert (cfg.prompts, cfg.completions, cfg.labels, cfg.rounds) == (25_000, 4, "deterministic", 1)
+    assert cfg.alphas == (.05, .1, .5, 1.) and cfg.rm_epochs == 3
+    assert len(cfg.betas) == len(cfg.kl_targets) == 4, "the paper has four betas and four targets"
+
+
+def needed_memory(cfg) -> int:
+    """Bytes: weights, gradients, Adam's two moments, pi_ref in float32; token ids and mask."""
+    block = 12 * cfg.width ** 2    # attention 4 W^2, MLP 8 W^2
+    parameters = cfg.layers * block + cfg.vocab_size * cfg.width
+    tokens = cfg.prompts * cfg.completions * cfg.max_tokens
+    return 5 * 4 * parameters + (8 + 1) * tokens
+
+
+@pytest.mark.parametrize("at_limit, beyond", [
+    ({"reviews": 100, "prompts": 80, "eval_prompts": 10}, {"prompts": 81}),
+    ({"reviews": 100, "prompts": 80, "eval_prompts": 10}, {"eval_prompts": 11}),
+    ({"prompts": 20, "rounds": 20}, {"rounds": 21}),
+    ({"heads": 3, "width": 66}, {"width": 67}),
+    ({"completions": 3, "ppo_batch": 21}, {"ppo_batch": 22}),
+], ids=lambda fields: ",".join(fields))
+def test_sizes_at_their_limits_are_accepted_and_one_more_is_refused(at_limit, beyond):
+    """The message names the flag whose value is too large."""
+    cfg = train.Config(**at_limit)
+    train.check_config(cfg)
+    [name] = beyond
+    with pytest.raises(harness.UserError, match=f"--{name.replace('_', '-')}"):
+        train.check_config(dataclasses.replace(cfg, **beyond))
+
+
+def test_sizes_need_the_memory_of_their_weights_and_tokens(monkeypatch):
+    """Exactly enough memory is accepted; a byte less is refused."""
+    cfg = train.Config(layers=3, width=10, heads=2, vocab_size=321, prompts=37, completions=2)
+    monkeypatch.setattr(harness, "total_memory", lambda: needed_memory(cfg))
+    train.check_config(cfg)
+    monkeypatch.setattr(harness, "total_memory", lambda: needed_memory(cfg) - 1)
+    with pytest.raises(harness.UserError, match="GB of memory"):
+        train.check_config(cfg)
