@@ -36,6 +36,30 @@ def test_the_paper_preset_has_the_papers_sizes():
     assert len(cfg.betas) == len(cfg.kl_targets) == 4, "the paper has four betas and four targets"
 
 
+def listed(numbers) -> str:
+    """Numbers as the documents write them: "1, .7"."""
+    return ", ".join(f"{x:g}".removeprefix("0") for x in numbers)
+
+
+def test_the_documents_state_the_sizes_of_the_presets():
+    """plots/README.md compares the paper's sizes with those of both runs of ours."""
+    default, paper = (train.Config(**train.PRESETS[name]) for name in ("default", "paper"))
+    gpt = train.new_gpt(default, "cpu")
+    parameters = round(sum(p.numel() for p in gpt.parameters()), -3)
+    pairs = default.completions * (default.completions - 1) // 2
+    sentences = [
+        f"{paper.prompts:,} prompts x {paper.completions} completions, {pairs} pairs each",
+        f"the same (default run: {default.prompts:,} prompts)",
+        f"{default.layers} layers, width {default.width}, rotary positions: {parameters:,} param",
+        f"beta {listed(paper.betas)} (default run: {listed(default.betas)})",
+        f"target KL {listed(paper.kl_targets)}, which",
+        f"{paper.ppo_steps} batches of {paper.ppo_batch} episodes (default run: "
+        f"{listed(default.kl_targets)} and {default.ppo_steps} batches)",
+        f"Adam, {1e4 * default.lr:g}e-4, batch of {default.batch_prompts * pairs} pairs"]
+    text = (ROOT / "plots/README.md").read_text("utf-8")
+    assert not [sentence for sentence in sentences if sentence not in text]
+
+
 def needed_memory(cfg) -> int:
     """Bytes: weights, gradients, Adam's two moments, pi_ref in float32; token ids and mask."""
     block = 12 * cfg.width ** 2    # attention 4 W^2, MLP 8 W^2
