@@ -125,7 +125,11 @@ def test_evaluations_agree_with_enumeration():
     assert (deviation.abs() < 4).all(), \
         f"reward, KL and length are {deviation.tolist()} standard errors from their enumerated " \
         "values"
-    agree(train.reference_row(setup)["kl"], 0., "the KL of pi_ref to itself must be 0")
+    row = train.reference_row(setup)
+    agree(row["kl"], 0., "the KL of pi_ref to itself must be 0")
+    names = ("method", "setting", "seed", "step", "final", "seconds")
+    assert [row[name] for name in names] == ["sft", 0., SEED, 0, True, 0.], \
+        "pi_ref is the policy at step 0, before any second of training"
 
 
 # ----------------------------------------------------------------------- when a policy is evaluated
