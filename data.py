@@ -31,7 +31,8 @@ from torch import Tensor
 from model import last_response_token, trimmed_width
 
 # ----------------------------------------------------------------------------------- the language
-# An opening is an owner and a subject, "This western:", which tells the domain of a review.
+# An opening is an owner (or another determiner) and a subject, "This western:", which tells the
+# domain of a review.
 OWNERS = ["This", "That", "The", "Our", "My", "Your", "Their", "His", "Her", "One", "Another",
           "Some", "Every", "Any", "Last", "First"]
 SUBJECTS = {    # domain -> what is reviewed
@@ -303,6 +304,7 @@ def select_prompts(preferences: Preferences, prompts: Tensor) -> Preferences:
     """
     ids, mask, ref_logp, winner, loser, k = preferences
     rows = (prompts[:, None] * k + torch.arange(k)).flatten()              # (n * K,)
+    # the pairs of a prompt are consecutive, from `first` to before `after_last`
     first, after_last = torch.searchsorted(winner // k, torch.stack([prompts, prompts + 1]))
     pairs = torch.cat([torch.arange(a, b) for a, b in zip(first.tolist(), after_last.tolist())])
     row_in_batch = torch.full((int(rows.max()) + 1,), -1)

@@ -349,6 +349,19 @@ def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """write(file), then rename the file to `path`: it appears whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        write(partial)
+    except (OSError, RuntimeError) as error:                       # both for a full disk
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}): is the disk full? make room, or choose "
+                        "another --out") from None
+    os.replace(partial, path)
+
+
 def do_nothing(row: dict) -> None:
     """The default `on_row` of Stages."""
 
@@ -359,7 +372,7 @@ class Stages:
         self.folder = folder
         self.store = store         # counts, for all workers, how often a stage was claimed
         self.seconds = {}          # name of a stage -> seconds that its computation took
-        self.on_row = do_nothing        # called with each row of results while a policy is trained
+        self.on_row = do_nothing   # called with each row of results while a policy is trained
         self.explained = set()     # explanations that were printed
 
     def explain(self, stage: Stage) -> None:
@@ -382,14 +395,7 @@ class Stages:
         start = time.perf_counter()
         stored = {"file": stage.path.name, "inputs": stage.inputs, "value": stage.compute(),
                   "seconds": time.perf_counter() - start}
-        partial = stage.path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            torch.save(stored, partial)
-        except (OSError, RuntimeError) as error:                   # both for a full disk
-            partial.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot write {stage.path} ({reason}): is the disk full?") from None
-        os.replace(partial, stage.path)
+        write_whole(stage.path, lambda file: torch.save(stored, file))
         return stored
 
     def get(self, stage: Stage):
@@ -446,14 +452,8 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> None:
     """Write one JSON object a line; the file appears whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    except OSError as error:                                       # a full disk names no file
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another "
-                        "--out") from None
-    os.replace(partial, path)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, lambda file: file.write_text(text, "utf-8"))
 
 
 # -------------------------------------------------------------------------------------- 4. workers
@@ -694,9 +694,9 @@ def export_preferences(encoding, preferences: Preferences) -> list[dict]:
 def encode_preference(encoding, pair: dict, number: int) -> tuple:
     """The group, the prompt ids, and (key, ids) of chosen and of rejected.
 
-    Within a group, equal keys mean the same completion: (row,) for a text that is still as it was
-    exported, its token ids for any other. An exported text keeps its exact tokens, also if chosen
-    and rejected were swapped since. A pair that was not exported is a group of its own.
+    A text that is still as it was exported keeps its exact tokens, also if chosen and rejected were
+    swapped; its key is (row,). Any other text is encoded, and its key is its token ids. Within a
+    group, equal keys are one completion. A pair that was not exported is a group of its own.
     """
     end = encoding.eot_token
     exported = {}                                                  # text -> (completion, ids)

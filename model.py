@@ -151,7 +151,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids))
 
     def new_caches(self, batch: int, positions: int) -> list[Tensor]:
-        """Empty key/value kv_caches, one for each block: (2, batch, H, positions, D)."""
+        """Empty key/value caches, one for each block: (2, batch, H, positions, D)."""
         c = self.config
         shape = 2, batch, c.heads, positions, c.width // c.heads
         weight = self.token.weight
@@ -239,7 +239,7 @@ def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost. The mask is
     False at position 0, because the first token has no probability.
     """
-    logits = upcast_half(response_logits(model, ids, mask))                      # (M, V)
+    logits = upcast_half(response_logits(model, ids, mask))                  # (M, V)
     logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)
     return scatter_to_tokens(logp, mask)
 
@@ -313,7 +313,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     begin, stop = prompt_lengths, prompt_lengths + max_tokens                # of the response
     kv_caches, start, x = model.new_caches(B, T), 0, ids[:, :first]
     for t in range(first, T):
-        logits = model.logits(model.hidden(x, kv_caches, start)[:, -1])         # (rows, V)
+        logits = model.logits(model.hidden(x, kv_caches, start)[:, -1])      # (rows, V)
         u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
         sampled = alive & (t >= begin)

@@ -74,7 +74,7 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
 
     As in App. C.1. Each of `epochs` is a list of batches, each batch the indices of some prompts.
     Returns the parameters of a ScalarModel (`model`), its `accuracy` on held-out pairs, and `mean`
-    and `deviation` of its rewards of the held-out completions.
+    and `std` of its rewards of the held-out completions.
     """
     model = ScalarModel(ref)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0., fused=True)
@@ -154,7 +154,7 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_coef: flo
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int,
-                      horizon: float) -> float:
+                  horizon: float) -> float:
     """c <- c (1 + clip(KL / target - 1, -.2, .2) episodes / horizon)
 
     A KL above the target raises the price of KL, one below lowers it (Ziegler et al. 2019, Section
@@ -174,7 +174,7 @@ def states_before_tokens(critic: ScalarModel, ids: Tensor) -> Tensor:
 
 
 def pretrain_critic(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor],
-               batch: int, lr: float, generator: torch.Generator) -> dict[str, Tensor]:
+                    batch: int, lr: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Fit a critic V(x, y_<t) = E[score | x, y_<t] under pi_ref to its samples, for one epoch.
 
     PPO's own episodes are too few to learn values from nothing. ids (C, T), mask (C, T) are samples
@@ -235,8 +235,7 @@ def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimize
                vf_coef: float = .1) -> float:
     """Steps 2-4 on one batch of episodes; returns the loss of the last minibatch."""
     # 2. Reward = score - c KL, token by token.
-    rewards = token_rewards(rollout.score, rollout.logp, rollout.ref_logp, rollout.mask,
-                            kl_coef)
+    rewards = token_rewards(rollout.score, rollout.logp, rollout.ref_logp, rollout.mask, kl_coef)
     # 3. Advantages.
     advantages, returns = gae(rewards, rollout.value, rollout.mask, gamma, lam)
     advantages = whiten(advantages, rollout.mask)
@@ -246,7 +245,7 @@ def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimize
         order = torch.randperm(len(rollout.ids), generator=generator, device=device)
         for rows in order.split(minibatch):
             mask = rollout.mask[rows]
-            width = trimmed_width(mask)
+            width = trimmed_width(mask)    # cuts off filler alone: the same M tokens remain
             logp = response_token_logp(policy, rollout.ids[rows, :width], mask[:, :width])
             logp = logp[mask[:, :width]]                                             # (M,)
             value = critic.head(rollout.state[rows][mask]).squeeze(-1)               # (M,)

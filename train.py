@@ -2,7 +2,7 @@
 
     python train.py                                        the default experiment
     python train.py --loss my_loss.py:my_loss              a loss of your own, beside the others
-    python train.py --help                                 every number, with its meaning
+    python train.py --help                                 every flag, with its meaning
 
 Every result is a stage (harness.py): computed once, kept in a file under --out, and loaded from
 there the next time. So a run that was stopped continues where it was, and a new loss reuses the
@@ -39,7 +39,7 @@ from plots import (STYLE, cost, evaluation_prompts, figures, frontier, gap, mean
 # ---------------------------------------------------------------------------------- configuration
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every number of the experiment; each field is a flag."""
+    """The settings of the experiment; each field is a flag. Constants of PPO are in ppo.py."""
     seed: int = option(0, "the first seed", 0, 2**53)
     seeds: int = option(1, "seeds, each with its own corpus, pi_ref and all else", 1, 100)
     split: str = option("test", "evaluation prompts: test for results, validation for tuning",
@@ -76,7 +76,7 @@ class Config:
                          10**4)
     # RLHF (Section 3)
     rm_epochs: int = option(3, "epochs of the reward model; the best is kept (paper: 3)", 1, 1000)
-    rm_lr: float = option(1e-3, "peak learning rate of reward model and initial values", 1e-12, 10)
+    rm_lr: float = option(1e-3, "peak learning rate of reward model and initial critic", 1e-12, 10)
     kl_targets: tuple[float, ...] = option((1., 2., 4.), "target KL of PPO, nats, a list (paper: "
                                            "3,6,9,12)", 1e-6, 1e6)
     ppo_steps: int = option(150, "steps of PPO, each on a batch of episodes", 1, 10**6)
@@ -85,7 +85,7 @@ class Config:
     ppo_epochs: int = option(1, "epochs over a batch", 1, 100)
     ppo_lr: float = option(1e-3, "peak learning rate of policy and values", 1e-12, 10)
     ppo_init_kl_coef: float = option(.75, "initial price of a nat at target 1, in standard "
-                                    "deviations of the reward", 1e-9, 1e6)
+                                     "deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
@@ -137,7 +137,7 @@ def check_config(cfg: Config) -> None:
 class Setup(NamedTuple):
     """What all runs of one seed share."""
     cfg: Config                       # in a stage only the fields that its code reads as cfg.NAME
-    seed: int                         # equals cfg.seed
+    seed: int                         # equals cfg.seed, which the cfg of a stage may lack
     stages: Stages
     device: str
     key: str                          # pi_ref's file; hashed in place of the next three
@@ -226,6 +226,7 @@ def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: lis
     """The Setup of a seed; with a user's pairs, if `pair_texts`, read from `path`, has any."""
     cfg = dataclasses.replace(cfg, seed=seed)
     ref = new_gpt(cfg, device).requires_grad_(False)
+    # not complete yet: the tokenizer and pi_ref are stages too, and need only these fields
     setup = Setup(cfg, seed, stages, device, key="", encoding=None, corpus=None, ref=ref)
     encoding = data.make_encoding(learn_tokenizer(setup))
     user_pairs = None
@@ -249,7 +250,7 @@ def prompts_of_split(setup: Setup, split: str, count: int) -> tuple[Tensor, Tens
 
 
 def sample_completions(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
-             generator: torch.Generator) -> dict[str, Tensor]:
+                       generator: torch.Generator) -> dict[str, Tensor]:
     """A policy's completions of N prompts, with log pi_ref and the true rewards.
 
     -> ids (C, T), mask (C, T), ref_logp (C,), reward (C,), for C = N * completions.
@@ -272,9 +273,9 @@ def sample_completions_part(setup: Setup, split: str, count: int, part: int) -> 
 
 def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Tensor]:
     """The completions of `count` prompts by pi_ref; the workers share them."""
-    completions = setup.stages.get_all([Stage(sample_completions_part, setup, split, count, part)
-                                        for part in part_indices(count)])
-    return {name: torch.cat([part[name] for part in completions]) for name in completions[0]}
+    parts = setup.stages.get_all([Stage(sample_completions_part, setup, split, count, index)
+                                  for index in part_indices(count)])
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def label_completions(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
@@ -425,8 +426,8 @@ def initial_critic(setup: Setup, method: str, make_score: Callable) -> dict[str,
     """
     cfg, completions = setup.cfg, reference_completions(setup, "train", setup.cfg.prompts)
     return ppo.pretrain_critic(setup.ref, completions["ids"], completions["mask"],
-                          make_score(setup), cfg.completions * cfg.batch_prompts, cfg.rm_lr,
-                          named_generator("values", cfg.seed))
+                               make_score(setup), cfg.completions * cfg.batch_prompts, cfg.rm_lr,
+                               named_generator("values", cfg.seed))
 
 
 def train_with_ppo(setup: Setup, policy: GPT, run: Run,
@@ -437,7 +438,7 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
     prompts = tuple(p.to(setup.device) for p in prompts_of_split(setup, "train", cfg.prompts))
     generator = named_generator(*run, cfg.seed, device=setup.device)
     training_steps = ppo.train_ppo(cfg, policy, setup.ref, prompts, make_score(setup), run.setting,
-                             setup.encoding.eot_token, generator, critic_state)
+                                   setup.encoding.eot_token, generator, critic_state)
     return cfg.ppo_steps, training_steps
 
 
@@ -506,7 +507,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
     survive an exception. `seconds` is the time of training without evaluation.
     """
     def evaluate_now(is_final: bool) -> None:
-        # no step is recent if fewer steps than announced end right after an evaluation
+        # `recent` is empty if training ended early, right after an evaluation
         row = evaluation_row(setup, policy, run, step, is_final, seconds, recent or [statistics])
         result["rows"].append(row)
         result["checkpoints"].append(cpu_state_dict(policy))
@@ -589,6 +590,7 @@ def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> li
 
 def find_baselines(setup: Setup) -> list[Stage]:
     """The policies of Section 6 that are in the folder, trained on pi_ref's pairs."""
+    # an earlier command may have had other settings: only the names of its files tell them
     settings = {method: set() for method in METHODS}
     pattern = rf"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed{setup.seed}\.\w+\.pt"
     for path in setup.stages.folder.glob("train-policy-*.pt"):
