@@ -55,7 +55,19 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"target KL {listed(paper.kl_targets)}, which",
         f"{paper.ppo_steps} batches of {paper.ppo_batch} episodes (default run: "
         f"{listed(default.kl_targets)} and {default.ppo_steps} batches)",
-        f"Adam, {1e4 * default.lr:g}e-4, batch of {default.batch_prompts * pairs} pairs"]
+        f"Adam, {1e4 * default.lr:g}e-4, batch of {default.batch_prompts * pairs} pairs",
+        f"{default.reviews:,} reviews (80% to train), {default.sft_epochs} epochs, batch "
+        f"{default.sft_batch}, Adam, {1e3 * default.sft_lr:g}e-3; a vocabulary of "
+        f"{default.vocab_size} tokens, responses of at most {default.max_tokens} tokens",
+        f"| {default.rm_epochs} epochs, the best kept | the same, Adam, {1e3 * default.rm_lr:g}e-3",
+        f"{default.ppo_epochs} epoch over minibatches of {default.ppo_minibatch} episodes, Adam, "
+        f"{1e3 * default.ppo_lr:g}e-3; the price of a nat starts at "
+        f"{listed([default.ppo_init_kl_coef])} / target; horizon {default.ppo_horizon:,} episodes",
+        f"{default.evaluations} times a run, {paper.eval_prompts} prompts x "
+        f"{default.eval_samples} responses (default run: {default.eval_prompts}); the optimum "
+        f"from {paper.optimum_samples} responses of each policy to each prompt (default run: "
+        f"{default.optimum_samples})",
+        f"with `--labels bt` tau is {listed([default.tau])}"]
     text = (ROOT / "plots/README.md").read_text("utf-8")
     assert not [sentence for sentence in sentences if sentence not in text]
 
