@@ -2,9 +2,6 @@
 
 test_several_seeds.py has the experiment with two seeds.
 """
-import json
-import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -12,58 +9,15 @@ import sys
 import pytest
 
 import harness
-import train
 from plots import cost
+from tiny_run import RESTRICTED, modification_times, read_optimum, read_rows, run
 
-ROOT = pathlib.Path(train.__file__).parent
-RESTRICTED = ROOT / "tests" / "restricted"    # a hook: no network, nothing that only Unix has
 COLUMNS = {"method", "setting", "seed", "step", "final", "reward", "reward_se", "kl", "kl_se",
            "optimal_reward", "share", "share_se", "seconds", "config"}
 FIGURES = {"frontier", "inside", "best_of_n", "degeneration", "winrate", "domains", "judges",
            "prompts", "cost"}
 STAGES_BEFORE_RUNS = ("make-corpus", "learn-tokenizer", "train-reference")
 ON_PAIRS = ("dpo", "unlikelihood", "preferred_ft")
-
-
-# ------------------------------------------------------------------------------- running train.py
-def run(out, *flags):
-    """Run `python train.py --preset tiny` in a process -> its exit code and all that it printed.
-
-    The sitecustomize.py in the folder RESTRICTED is active in every process of the run.
-    """
-    environment = {**os.environ, "PYTHONPATH": str(RESTRICTED)}
-    environment.pop("RANK", None)
-    environment.pop("WORLD_SIZE", None)
-    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--device", "cpu",
-               "--out", str(out), *map(str, flags)]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                             timeout=180)
-    return process.returncode, process.stdout + process.stderr
-
-
-def read_rows(out):
-    """The rows of results.jsonl without the columns that depend on the clock."""
-    rows = harness.read_jsonl(out / "results.jsonl")
-    return [{name: x for name, x in row.items() if "second" not in name} for row in rows]
-
-
-def read_optimum(out):
-    """The content of optimum.json."""
-    return json.loads((out / "optimum.json").read_text("utf-8"))
-
-
-def modification_times(out, pattern="*.pt"):
-    """{file of a stage: when it was written}"""
-    return {path: path.stat().st_mtime_ns for path in out.glob(pattern)}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a finished run of two workers, and what the run printed."""
-    out = tmp_path_factory.mktemp("tiny") / "run"
-    code, printed = run(out, "--workers", 2)
-    assert code == 0, printed
-    return out, printed
 
 
 @pytest.fixture

@@ -8,16 +8,14 @@ import pytest
 
 import dpo
 import harness
-from test_experiment import modification_times, read_optimum, read_rows, run
-
-SHORTER = ("--betas", 2, "--optimum-samples", 64, "--evaluations", 1)
+from tiny_run import modification_times, read_optimum, read_rows, run
 
 
 @pytest.fixture(scope="module")
-def two_seeds(tmp_path_factory):
-    """The folder of a finished run of two seeds, one run of each method."""
-    out = tmp_path_factory.mktemp("seeds") / "run"
-    code, printed = run(out, "--seeds", 2, *SHORTER, "--workers", 2)
+def two_seeds(tiny, tmp_path_factory):
+    """The folder of a finished run of two seeds. The stages of the first were there already."""
+    out = shutil.copytree(tiny[0], tmp_path_factory.mktemp("seeds") / "run")
+    code, printed = run(out, "--seeds", 2, "--workers", 2)
     assert code == 0, printed
     return out
 
@@ -87,7 +85,7 @@ def test_a_seed_does_not_depend_on_the_seeds_beside_it(two_seeds, tmp_path):
     policies_before = modification_times(out, "train-*.pt")
     rows_before = [row for row in read_rows(out)
                    if row["seed"] == 1 and not row["method"].startswith("best_of_n")]
-    code, printed = run(out, "--seed", 1, *SHORTER)
+    code, printed = run(out, "--seed", 1)
     rows = [row for row in read_rows(out) if not row["method"].startswith("best_of_n")]
     for row in rows + rows_before:
         del row["config"]    # it has the first seed
