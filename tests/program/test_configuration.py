@@ -28,6 +28,18 @@ def test_the_presets_are_valid():
         assert cfg.prompts > 0
 
 
+def test_every_value_of_a_preset_can_be_given_as_a_flag():
+    """Each default and each value of a preset is within the bounds of its own flag."""
+    for preset, fields in train.PRESETS.items():
+        expected = train.Config(**fields)
+        argv = []
+        for name, value in vars(expected).items():
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            argv += [f"--{name.replace('_', '-')}", text]
+        cfg, _ = harness.read_flags(argv, train.Config, train.PRESETS, "")
+        assert cfg == expected, f"the preset {preset} cannot be given by flags"
+
+
 def test_the_paper_preset_has_the_papers_sizes():
     """25,000 prompts, 4 completions, alphas, deterministic labels, 3 epochs (Section 6, App. C)."""
     cfg, _ = harness.read_flags(["--preset", "paper"], train.Config, train.PRESETS, "")

@@ -85,11 +85,12 @@ def test_reviews_have_the_frequencies_of_the_grammar():
     assert_share(sum(x[2] == ". The " for x in pairs), len(pairs), .5, "sentences")
     assert all(joint == ". The " or (joint == ", and the ") == (a == b) for a, b, joint in pairs), \
         '"and" must join opinions of the same sign, and "but" opinions of different signs'
-    positive = [word for *_, word in opinions if valences[word] > 0]
-    total = sum(5 - v for v in valences.values() if v > 0)
-    for word, valence in valences.items():
-        if valence > 0:
-            assert_share(positive.count(word), len(positive), (5 - valence) / total, word)
+    total = sum(5 - abs(v) for v in valences.values())
+    for strength in (1, 2, 3):
+        words = [word for word, v in valences.items() if abs(v) == strength]
+        count = sum(word in words for *_, word in opinions)
+        assert_share(count, len(opinions), len(words) * (5 - strength) / total,
+                     f"words of valence {strength} or -{strength}")
 
 
 def test_the_lexicon_is_balanced():
