@@ -117,8 +117,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
         lam: float) -> tuple[Tensor, Tensor]:
     """A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V_{t+1} - V_t
 
-    V and A are 0 after the last response token (Schulman et al. 2016, Eq. 16). All (B, T). Returns
-    the advantages and the returns A + V, both 0 outside the mask.
+    V and A are 0 after the last response token (Schulman et al. 2016, Eq. 16). All (B, T). Entries
+    outside the mask may hold anything, NaN too, and may lie between response tokens: they are
+    skipped. Returns the advantages and the returns A + V, both 0 outside the mask.
     """
     mask = mask.bool()
     advantages = torch.zeros_like(values)

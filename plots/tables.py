@@ -97,11 +97,12 @@ def table_of_policies(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def shares_at(rows: list[dict], method: str, kl: float) -> list[tuple[float, float]]:
+def shares_at(rows: list[dict], method: str, kl: float,
+              most: float = 4.) -> list[tuple[float, float]]:
     """The share of the optimal gain and its standard error at a KL, one for each seed.
 
     Interpolates linearly in KL between the nearest finished policy below and the nearest above, if
-    their KLs differ at most fourfold. A policy within a tenth of `kl` may serve as both. A seed
+    their KLs differ at most `most`-fold. A policy within a tenth of `kl` may serve as both. A seed
     without such policies is left out.
     """
     finished = [row for row in rows
@@ -111,7 +112,7 @@ def shares_at(rows: list[dict], method: str, kl: float) -> list[tuple[float, flo
         curve = sorted((row for row in finished if row["seed"] == seed), key=lambda row: row["kl"])
         below = [row for row in curve if row["kl"] <= kl * 1.1][-1:]
         above = [row for row in curve if row["kl"] >= kl / 1.1][:1]
-        if below and above and above[0]["kl"] <= 4 * below[0]["kl"]:
+        if below and above and above[0]["kl"] <= most * below[0]["kl"]:
             ends = sorted(below + above, key=lambda row: row["kl"])
             kls = [row["kl"] for row in ends]
             share, share_se = (float(numpy.interp(kl, kls, [row[name] for row in ends]))

@@ -12,12 +12,15 @@ each part is graded, sandbox.py what protects the grader.
 """
 import argparse
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 import time
+import traceback
 from types import SimpleNamespace
+from typing import Callable
 
 TESTS = pathlib.Path(__file__).resolve().parent
 for folder in (TESTS, TESTS.parent):
@@ -69,24 +72,36 @@ def grade_part(job: grading.Job, part: str) -> tuple[list[dict], list[dict], dic
         return grading_loss.grade_loss(job)
     functions = {"my_tests.py": grading.grade_tests, "diagnosis.json": grading.grade_diagnosis,
                  "starter": grading.grade_starter}
+    return functions[part](job), [], {}
+
+
+def grade_safely(job: grading.Job, part: str) -> tuple[list[dict], list[dict], dict]:
+    """`grade_part`; a part that cannot be graded gets no points, and the others are graded."""
     try:
-        return functions[part](job), [], {}
+        return grade_part(job, part)
     except grading.Refusal as refusal:
-        return [grading.result(part, 0., points_of(part, job.settings), str(refusal))], [], {}
+        said = str(refusal)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        said = f"the grader failed on this part ({type(error).__name__}): tell your teacher"
+    return [grading.result(part, 0., points_of(part, job.settings), said)], [], {}
 
 
 def leaderboard(rows: list[dict], kl: float) -> list[dict]:
-    """The share of the optimal gain at a KL, between the two policies; - if they are elsewhere."""
+    """The share of the optimal gain at a KL, between two policies; - if both are on one side."""
     if not rows:
         return []
     from plots import tables
-    shares = [share for share, _ in tables.shares_at(rows, "my_loss", kl)]
+    shares = [share for share, _ in tables.shares_at(rows, "my_loss", kl, most=math.inf)]
     value = round(100 * shares[0], 1) if shares else "-"
     return [{"name": f"share of the optimal gain at KL {kl:g}, %", "value": value}]
 
 
-def grade(job: grading.Job) -> tuple[dict, list[dict], dict]:
-    """The results of a submission in Gradescope's format, the rows of its policies, the optimum."""
+def grade(job: grading.Job, save: Callable[[dict], None]) -> tuple[dict, list[dict], dict]:
+    """The results of a submission in Gradescope's format, the rows of its policies, the optimum.
+
+    save(results) is called after each part, so that a time limit of the service keeps them.
+    """
     start, tests, rows, optimum = time.monotonic(), [], [], {}
     parts, warnings = parts_of(job), []
     stages = grading_loss.file_digests(job.baseline) if job.baseline else {}
@@ -95,9 +110,11 @@ def grade(job: grading.Job) -> tuple[dict, list[dict], dict]:
             most = points_of(part, job.settings)
             tests.append(grading.result(part, 0., most, "it was not handed in"))
     for part in parts:
-        results, found_rows, found_optimum = grade_part(job, part)
+        results, found_rows, found_optimum = grade_safely(job, part)
         tests += results
         rows, optimum = rows + found_rows, found_optimum or optimum
+        save({"score": round(sum(test["score"] for test in tests), 2), "tests": tests,
+              "output": "The grading was stopped after these parts."})
     changed = sandbox.changed_files(job.snapshot)
     if job.baseline and grading_loss.file_digests(job.baseline) != stages:
         changed.append(str(job.baseline))
@@ -170,14 +187,15 @@ def student_name(args: argparse.Namespace) -> str:
         return args.student
     if args.metadata and args.metadata.exists():
         users = json.loads(args.metadata.read_text("utf-8"))["users"]
-        return users[0]["name"]
+        if users:
+            return users[0]["name"]
     return args.submission.resolve().name
 
 
 def main(arguments: list[str]) -> int:
     args = read_arguments(arguments)
     settings = SimpleNamespace(**{name: x for name, x in vars(points).items() if name.isupper()})
-    settings.BUGS = settings.BUGS or os.environ.get("DPO_BUGS", "")
+    settings.BUGS = os.environ.get("DPO_BUGS") or settings.BUGS
     if args.pack:
         import packing
         print(f"written: {packing.pack(args.pack, settings.BUGS)}")
@@ -185,14 +203,21 @@ def main(arguments: list[str]) -> int:
     if args.prepare:
         prepare_baseline(settings)
         return 0
+    problem = sandbox.problem_of_user(args.user)
+    if problem:
+        sys.exit(problem)
     job = grading.Job(args.submission.resolve(), sandbox.take_snapshot(), settings,
                       student_name(args), user=args.user)
     if "my_loss.py" in parts_of(job):
         job = job._replace(baseline=args.baseline or prepare_baseline(settings))
-    results, rows, optimum = grade(job)
+
+    def save(results: dict) -> None:
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1), "utf-8")
+
+    results, rows, optimum = grade(job, save)
     write(args.submission / "graded", job, results, rows, optimum)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1), "utf-8")
+    save(results)
     print(table(results))
     return 0
 

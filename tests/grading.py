@@ -115,13 +115,15 @@ def fill_hole(original: str, submitted: str, hole: str) -> str:
     if names[0] != names[1]:
         raise Refusal(f"{hole} takes ({', '.join(names[0])}), not ({', '.join(names[1])}): keep "
                       "its signature")
-    new_lines = submitted.splitlines()[function.lineno - 1:function.end_lineno]
-    lines = original.splitlines()
+    new_lines = submitted.split("\n")[function.lineno - 1:function.end_lineno]
+    lines = original.removesuffix("\n").split("\n")    # as ast counts them
     return "\n".join([*lines[:old.lineno - 1], *new_lines, *lines[old.end_lineno:]]) + "\n"
 
 
 def find_theorem(snapshot: dict[str, bytes], name: str) -> list | None:
     """[module, name] of a theorem of the repository, for grade_child.py."""
+    if not name.isidentifier():
+        return None
     definition = f"def test_{name}(".encode()
     for path, content in snapshot.items():
         if path.startswith("tests/theorems/") and definition in content:

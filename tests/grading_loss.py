@@ -51,7 +51,7 @@ def find_betas(tree: ast.Module, default: tuple[float, ...]) -> tuple[float, ...
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "BETAS":
             try:
                 betas = tuple(float(x) for x in ast.literal_eval(node.value))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError, RecursionError, MemoryError):
                 betas = ()
             if not 0 < len(set(betas)) == len(betas) <= len(default) or not \
                     all(1e-6 <= x <= 1e6 for x in betas):

@@ -61,7 +61,7 @@ def take_option(name):
 def choose_bug():
     """Take the number of the bug out of the command line, or draw one by the student's name."""
     student = take_option("--student")
-    file = take_option("--bugs") or points.BUGS or os.environ.get("DPO_BUGS", "")
+    file = take_option("--bugs") or os.environ.get("DPO_BUGS") or points.BUGS
     private = drawing.load_bugs(file) if file else []
     if student:
         numbers = list(private) or drawing.visible_bugs(sys.modules[__name__])

@@ -9,7 +9,7 @@ plant a bug of your own, write it at the end of this file:
 
 planting.py has the machinery.
 """
-from planting import MUTANTS, Mutant, fails, plant, planted  # noqa: F401 (re-exported)
+from planting import MUTANTS, Mutant, fails, harmless, plant, planted  # noqa: F401 (re-exported)
 
 # Each file plants its bugs when it is imported. Their order gives the numbers of the bugs;
 # mutants_of_dpo.py comes first, because the first thirteen are those of public DPO code.

@@ -1,7 +1,9 @@
 """The archive that Gradescope's autograder wants: setup.sh, run_autograder, and this repository.
 
-Upload it under "Configure autograder", with Ubuntu 22.04 or newer as the base image. Setup
-installs the packages and trains the baselines once, which takes 10 to 30 minutes.
+Upload it under "Configure autograder", with Ubuntu 22.04 or newer as the base image. Choose a
+container with 3 GB of memory (1.5 GB with WORKERS = 1 in points.py), since the smallest one has
+less, and a time limit of 40 minutes. Setup installs the packages and trains the baselines once,
+which takes 10 to 30 minutes.
 """
 import pathlib
 import zipfile

@@ -100,6 +100,19 @@ def planted(mutant):
         replace(owner, name, bug, original)
 
 
+def do_the_same(original, *arguments, **options):
+    """The body of a replacement that is no bug."""
+    return original(*arguments, **options)
+
+
+def harmless(target):
+    """A mutant that replaces a function by one that does the same.
+
+    A test that fails on it looks for the replacement and not for a bug.
+    """
+    return Mutant("harmless", "none", target, (), do_the_same)
+
+
 def fails(test):
     """Return whether a test raises: a bug may make a theorem false, or make it crash."""
     try:

@@ -16,7 +16,9 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDERS = "plots", "tests"                   # besides the files at the top of the repository
+DOCUMENTS = "README.md", "requirements.txt"  # at the top of the repository, with its modules
+SUBMITTED = "my_loss.py", "my_tests.py"      # a teacher may have files of these names there
+FOLDERS = "plots", "tests"
 KINDS = ".py", ".md", ".txt"
 LONGEST_OUTPUT = 2_000_000                   # bytes; a program that prints more is stopped
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "SYSTEMDRIVE", "COMSPEC", "LANG",
@@ -33,7 +35,8 @@ class Finished(NamedTuple):
 # ------------------------------------------------------------------------- copies of the repository
 def take_snapshot(root: pathlib.Path = ROOT) -> dict[str, bytes]:
     """The files of the repository, by path, in memory: no submission can change them."""
-    paths = [path for path in root.iterdir() if path.suffix in KINDS]
+    paths = [path for path in root.iterdir()
+             if path.name in DOCUMENTS or path.suffix == ".py" and path.name not in SUBMITTED]
     for folder in FOLDERS:
         paths += [path for path in (root / folder).rglob("*") if path.suffix in KINDS]
     return {path.relative_to(root).as_posix(): path.read_bytes()
@@ -62,6 +65,20 @@ def as_user(user: str | None) -> dict:
         return {}
     import pwd    # not on Windows
     return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
+
+
+def problem_of_user(user: str | None) -> str:
+    """Why a user cannot run Python for the grader, in one sentence; empty text if he can."""
+    if not user:
+        return ""
+    try:
+        finished = run(["-c", "import torch"], pathlib.Path("/"), 120, user=user)
+    except (KeyError, OSError, ValueError) as error:
+        return f"--user {user} cannot be used ({error}): start as root, and name a user of Linux"
+    if finished.problem:
+        return (f"--user {user} cannot import torch with {sys.executable}: install Python where "
+                f"this user may read it ({shorten(finished.output, 200)})")
+    return ""
 
 
 def give_to(user: str | None, folder: pathlib.Path) -> None:

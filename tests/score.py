@@ -4,7 +4,8 @@
 
 The tests are functions test_* without arguments that import dpo, model, data or ppo. Each one runs
 on the code as it is, where a failure is a false alarm, and then on thirteen bugs of public DPO
-code. A bug is found if a test fails on it.
+code. A bug is found if a test fails on it. A test that also fails where a function is replaced by
+one that does the same looks for the replacement and not for a bug: that is a false alarm, too.
 """
 import pathlib
 import runpy
@@ -25,6 +26,16 @@ def read_tests(path) -> dict:
     return {name: x for name, x in names.items() if name.startswith("test_") and callable(x)}
 
 
+def find_false_alarms(path) -> list[str]:
+    """The tests that fail on the code as it is, or on a function that is replaced by itself."""
+    alarms = [name for name, test in read_tests(path).items() if mutants.fails(test)]
+    for target in sorted({bug.target for bug in BUGS}):
+        with mutants.planted(mutants.harmless(target)):
+            alarms += [name for name, test in read_tests(path).items()
+                       if name not in alarms and mutants.fails(test)]
+    return alarms
+
+
 def finds(path, bug: mutants.Mutant, false_alarms: list[str]) -> bool:
     """Whether a test of the file fails on the code with the bug in it.
 
@@ -41,7 +52,7 @@ def finds(path, bug: mutants.Mutant, false_alarms: list[str]) -> bool:
 
 def score(path) -> tuple[list[str], list[str]]:
     """The names of the bugs that a file of tests finds, and of its false alarms."""
-    false_alarms = [name for name, test in read_tests(path).items() if mutants.fails(test)]
+    false_alarms = find_false_alarms(path)
     found = [bug.name for bug in BUGS if finds(path, bug, false_alarms)]
     return found, false_alarms
 

@@ -13,7 +13,9 @@ FORBIDDEN_NAMES = {
 FORBIDDEN_ATTRIBUTES = {
     "os", "sys", "builtins", "importlib", "inspect", "subprocess", "pathlib", "hub", "load", "save",
     "multiprocessing", "importorskip", "MonkeyPatch", "skip", "exit", "mock", "gc", "ctypeslib",
-    "tofile", "fromfile", "f_back", "f_globals", "gi_frame", "tb_frame", "cr_frame",
+    "tofile", "fromfile", "f_back", "f_globals", "f_locals", "gi_frame", "tb_frame", "cr_frame",
+    "format", "format_map", "testing", "runstring", "rundocs", "savetxt", "loadtxt", "genfromtxt",
+    "memmap", "dump", "load_library", "cpp_extension",
 }
 
 

@@ -25,7 +25,7 @@ def blank(source: str, name: str, module: str) -> str:
     first_statement = function.body[0]
     if ast.get_docstring(function):
         first_statement = function.body[1]
-    lines = source.splitlines()
+    lines = source.removesuffix("\n").split("\n")    # as ast counts them
     before = lines[:first_statement.lineno - 1]
     after = lines[function.end_lineno:]
     hole = f'    raise NotImplementedError("{module}.{name} is yours to write")'

@@ -3,6 +3,7 @@
 All of them are graded once, two at a time. The training of a loss is replaced by its result
 (`fake_training`), because it takes a minute; all other parts run as they do for a class.
 """
+import ast
 import concurrent.futures
 import json
 import pathlib
@@ -18,6 +19,7 @@ import grading_loss
 import points
 import remote_loss
 import sandbox
+import score
 import starter
 import world
 import zoo
@@ -151,12 +153,16 @@ def submit(folder, files):
 def graded(tmp_path_factory):
     """Name of a submission -> its results, in Gradescope's format."""
     root = tmp_path_factory.mktemp("submissions")
+    saved = []    # what a service would keep if it stopped the grading
     jobs = {name: submit(root / name, files) for name, files in SUBMISSIONS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grading_loss, "train", fake_training)
         with concurrent.futures.ThreadPoolExecutor(max_workers=2) as executor:
-            results = executor.map(grade.grade, jobs.values())
-            return {name: found for name, (found, *_) in zip(jobs, results)}
+            results = executor.map(grade.grade, jobs.values(), [saved.append] * len(jobs))
+            found = {name: found for name, (found, *_) in zip(jobs, results)}
+    parts = sum(len(grade.parts_of(job)) for job in jobs.values())
+    assert len(saved) == parts, "the results so far are saved after each part"
+    return found
 
 
 def result_of(results, name):
@@ -247,6 +253,54 @@ def test_results_are_what_gradescope_reads(graded):
         for test in results["tests"]:
             assert set(test) == {"name", "score", "max_score", "output"}, name
             assert 0 <= test["score"] <= test["max_score"] and test["output"], (name, test)
+
+
+# ------------------------------------------------------------------------------ odd submissions
+def test_a_part_that_the_grader_cannot_grade_costs_its_own_points_alone(monkeypatch, tmp_path):
+    """An exception of the grader itself is said in one sentence, and the other parts are graded."""
+    job = submit(tmp_path / "odd", {"my_tests.py": GOOD_TESTS, "diagnosis.json": "{}"})
+
+    def fail(job):
+        raise ValueError("a bug of the grader")
+
+    monkeypatch.setattr(grading, "grade_tests", fail)
+    results, *_ = grade.grade(job, lambda results: None)
+    said = [test["output"] for test in results["tests"]]
+    assert "the grader failed on this part (ValueError)" in said[0] and "drew another" in said[1]
+
+
+def test_odd_numbers_and_names_are_refused():
+    """A beta of 401 digits; the name of a test that cannot be encoded."""
+    with pytest.raises(grading.Refusal, match="BETAS"):
+        grading_loss.find_betas(ast.parse(f"BETAS = (1{'0' * 400},)"), (1., 2.))
+    assert grading.find_theorem({"tests/theorems/test_a.py": b"def test_b("}, "\ud83d") is None
+
+
+def test_lines_are_counted_as_python_counts_them():
+    """A form feed ends no line: the function of the student is taken whole."""
+    source = (ROOT / "ppo.py").read_text("utf-8")
+    submitted = source.replace("def gae(", "# a form feed \x0c in a comment\ndef gae(")
+    assert grading.fill_hole(source, submitted, "ppo.gae") == source
+
+
+def test_a_test_that_looks_for_a_replaced_function_is_a_false_alarm(tmp_path):
+    """It fails where a function is replaced by one that does the same."""
+    path = tmp_path / "my_tests.py"
+    path.write_text("import dpo\n\ndef test_it():\n"
+                    "    assert not hasattr(dpo.dpo_loss, '__wrapped__')\n")
+    assert score.find_false_alarms(path) == ["test_it"]
+
+
+def test_files_of_the_teacher_are_no_part_of_the_repository(tmp_path):
+    """A my_loss.py at the top of the repository, or a text with solutions, is not handed out."""
+    for name in ("dpo.py", "my_loss.py", "my_tests.py", "solutions.txt", "requirements.txt"):
+        (tmp_path / name).write_text("")
+    assert set(sandbox.take_snapshot(tmp_path)) == {"dpo.py", "requirements.txt"}
+
+
+def test_a_user_who_cannot_run_python_is_refused_before_the_grading():
+    """The sentence says why; without a user there is nothing to say."""
+    assert "cannot" in sandbox.problem_of_user("no-such-user") and not sandbox.problem_of_user(None)
 
 
 # ----------------------------------------------------------------------------- points of a loss
