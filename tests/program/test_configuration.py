@@ -82,6 +82,9 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"with `--labels bt` tau is {listed([default.tau])}"]
     text = (ROOT / "plots/README.md").read_text("utf-8")
     assert not [sentence for sentence in sentences if sentence not in text]
+    assert set(paper.alphas) - set(default.alphas) == {.05}, "the same (default run: not .05)"
+    assert set(default.alphas) < set(paper.alphas)
+    assert (default.epochs, default.preferred_runs, default.seed) == (1, 1, 0)
 
 
 def needed_memory(cfg) -> int:
