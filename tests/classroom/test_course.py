@@ -1,12 +1,15 @@
 """The course around the grader: a bug for every student, the class on one frontier, the archive."""
+import itertools
 import zipfile
 
 import pytest
+from matplotlib.text import Text
 
 import beside
 import drawing
 import grade
 import grading
+import harness
 import packing
 from plots import class_frontier
 from test_grade import optimum, policy, submit
@@ -47,20 +50,66 @@ def test_what_differs_most_from_the_healthy_run_comes_first():
 
 
 # ------------------------------------------------------------------- the class and its archive
+def grade_as(folder, rows):
+    """Write a graded submission that has these rows, and its contract if it has any -> folder."""
+    job = submit(folder, {})
+    tests = [grading.result("my_loss.py: contract", 3, 3, "")] * bool(rows)
+    grade.write(folder / "graded", job, {"tests": tests}, rows, optimum() if rows else {})
+    return folder
+
+
+def baselines_in(folder):
+    """Write a run of the baselines: SFT, and DPO with 80% of the optimal gain -> folder."""
+    folder.mkdir()
+    rows = [policy(0., kl=0., share=0., method="sft"), policy(.1, share=.8, method="dpo")]
+    harness.write_jsonl(folder / "results.jsonl", rows)
+    harness.write_jsonl(folder / "optimum.json", [optimum()])
+    return folder
+
+
 def test_the_class_is_drawn_on_one_frontier(tmp_path):
-    """The table has a line for each finished policy, the best first, and who has none."""
-    for name, share in (("ann", .5), ("bob", .9)):
-        job = submit(tmp_path / name, {})
-        contract = grading.result("my_loss.py: contract", 3, 3, "")
-        results = {"tests": [contract], "leaderboard": []}
-        grade.write(job.submission / "graded", job, results, [policy(share=share)], optimum())
-    job = submit(tmp_path / "cem", {})
-    grade.write(job.submission / "graded", job, {"tests": []}, [], {})
-    folders = [tmp_path / name for name in ("ann", "bob", "cem")]
-    table = class_frontier.draw_class(folders, tmp_path / "class.png").splitlines()
-    assert [line.split()[0] for line in table[1:4]] == ["bob", "ann", "cem"], table
-    assert "kept" in table[1] and "no policy" in table[3], table
+    """A line for each policy, the best first, then who hardly moved, then who has none."""
+    policies = {"dpo": [policy(share=.5)], "bob": [policy(share=.9)], "cem": [],
+                "dua": [policy(kl=.2, share=1.2)]}
+    folders = [grade_as(tmp_path / name, rows) for name, rows in policies.items()]
+    folders.append(baselines_in(tmp_path / "graded-default"))
+    text = class_frontier.draw_class(folders, tmp_path / "class.png")
+    table = text.splitlines()
+    names = [line.split()[:2] for line in table[1:6]]
+    assert names == [["2", "bob"], ["-", "DPO"], ["1", "dpo"], ["4", "dua"], ["3", "cem"]], text
+    assert "kept" in table[1] and "hardly moved" in table[4] and "no policy" in table[5], text
+    assert [line[:31].strip() for line in table[8:]] == ["DPO", "1 dpo", "2 bob"], text
     assert (tmp_path / "class.png").stat().st_size > 10_000
+
+
+def test_an_empty_table_of_shares_of_a_class_has_no_header(tmp_path):
+    """If all submissions hardly moved, and the baselines are not given."""
+    folder = grade_as(tmp_path / "ann", [policy(kl=.2)])
+    text = class_frontier.draw_class([folder], tmp_path / "class.png")
+    assert len(text.splitlines()) == 2, text
+
+
+@pytest.mark.parametrize("count", [2, 12, 30])
+def test_each_policy_of_a_class_has_its_number_and_no_number_covers_another(
+        count, tmp_path, monkeypatch):
+    """The legend does not grow with the class."""
+    figures = []
+    monkeypatch.setattr(class_frontier, "save", lambda figure, path: figures.append(figure))
+    folders = []
+    for i in range(count):
+        rows = [policy(.1, kl=1 + i / 20, share=.8), policy(.2, kl=.4 + i / 99, share=.7)]
+        folders.append(grade_as(tmp_path / f"student {i}", rows))
+    class_frontier.draw_class([baselines_in(tmp_path / "runs"), *folders], tmp_path / "class.png")
+    figures[0].canvas.draw()
+    [axis] = figures[0].axes
+    numbers = sorted(int(text.get_text()) for text in axis.texts)
+    assert numbers == sorted([*range(1, count + 1)] * 2)
+    boxes = [Text.get_window_extent(text).padded(-1) for text in axis.texts]    # without its line
+    covered = [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+    assert not covered, covered
+    labels = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert labels == {"optimum (Eq. 4)", "the same, too few samples", "submission", "SFT", "DPO"}
+    class_frontier.plt.close(figures[0])
 
 
 def test_the_archive_holds_what_gradescope_runs(tmp_path):
