@@ -40,6 +40,16 @@ def test_every_value_of_a_preset_can_be_given_as_a_flag():
         assert cfg == expected, f"the preset {preset} cannot be given by flags"
 
 
+def test_counts_begin_at_one_unless_there_is_a_reason():
+    """The smallest value that each flag accepts, by reason."""
+    smallest = {"seed": 0, "preferred_runs": 0,                      # both may be none
+                "completions": 2, "ppo_batch": 2, "eval_prompts": 2,    # a pair; two for a spread
+                "reviews": 50, "vocab_size": 300, "optimum_samples": 16}    # to mean anything
+    for field in dataclasses.fields(train.Config):
+        if isinstance(field.default, int):
+            assert field.metadata["low"] == smallest.get(field.name, 1), field.name
+
+
 def test_the_paper_preset_has_the_papers_sizes():
     """25,000 prompts, 4 completions, alphas, deterministic labels, 3 epochs (Section 6, App. C)."""
     cfg, _ = harness.read_flags(["--preset", "paper"], train.Config, train.PRESETS, "")
