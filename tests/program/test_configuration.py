@@ -46,7 +46,7 @@ def test_counts_begin_at_one_unless_there_is_a_reason():
                 "completions": 2, "ppo_batch": 2, "eval_prompts": 2,    # a pair; two for a spread
                 "reviews": 50, "vocab_size": 300, "optimum_samples": 16}    # to mean anything
     for field in dataclasses.fields(train.Config):
-        if isinstance(field.default, int):
+        if field.type is int:
             assert field.metadata["low"] == smallest.get(field.name, 1), field.name
 
 
