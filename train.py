@@ -633,8 +633,9 @@ def measure_figure(setup: Setup, name: str, measure: Callable,
 def measure_figures(setup: Setup, policies: list[Stage]) -> list[dict]:
     """The rows of all figures that need policies, from those of the seed of `setup`."""
     own = tuple(policy for policy in policies if policy.setup.seed == setup.seed)
-    return sum(setup.stages.get_all([Stage(measure_figure, setup, name, figure.measure, own)
-                                     for name, figure in figures.FROM_POLICIES.items()]), [])
+    stages = [Stage(measure_figure, setup, name, figure.measure, own)
+              for name, figure in figures.FROM_POLICIES.items()]
+    return sum(setup.stages.get_all(stages, report=True), [])
 
 
 def write_preferences(setup: Setup, overwrite: bool) -> None:

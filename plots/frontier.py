@@ -99,7 +99,7 @@ def estimate_optimum(setup, policies: list[Stage]) -> dict:
     """
     proposals = choose_proposals(setup, policies)
     samples = setup.stages.get_all([Stage(sample_proposals, setup, part, proposals)
-                                    for part in part_indices(setup.cfg.eval_prompts)])
+                                    for part in part_indices(setup.cfg.eval_prompts)], report=True)
     reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
     return optimum_from_samples(reward, log_weight)
 
