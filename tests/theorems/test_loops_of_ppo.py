@@ -150,12 +150,13 @@ def test_an_update_follows_the_trace_of_clipped_minibatches():
 
 
 # ------------------------------------------------------------------------------------- the training
-STATISTICS = {    # what train_ppo yields -> what is likely wrong
-    "loss": "the loss must be that of the step's last minibatch",
-    "score": "the score must be the mean over the episodes of the step",
-    "rollout_kl": "the KL must be the mean over episodes of the sum over tokens of log pi/pi_ref",
+STATISTICS = {    # what train_ppo yields -> what is likely wrong; causes come before effects
     "kl_coef": "the controller must see the mean KL of a sequence, not a sum over the batch; "
-                   "it starts at ppo_init_kl_coef / target and changes after each step",
+               "it starts at ppo_init_kl_coef / target and changes after each step",
+    "rollout_kl": "the KL must be the mean over episodes of the sum over tokens of log pi/pi_ref",
+    "loss": "the loss must be that of the step's last minibatch: is it no mean, has Adam another "
+            "eps or decay, or does the learning rate leave its schedule?",
+    "score": "the score must be the mean over the episodes of the step",
     "sampled_tokens": "sampled tokens must be the response tokens of the step",
     "trained_tokens": "trained tokens must be the sampled tokens times the epochs",
 }
