@@ -150,13 +150,13 @@ def test_an_update_follows_the_trace_of_clipped_minibatches():
 
 
 # ------------------------------------------------------------------------------------- the training
-STATISTICS = {    # what train_ppo yields -> what is likely wrong; causes come before effects
-    "kl_coef": "the controller must see the mean KL of a sequence, not a sum over the batch; "
-               "it starts at ppo_init_kl_coef / target and changes after each step",
-    "rollout_kl": "the KL must be the mean over episodes of the sum over tokens of log pi/pi_ref",
+STATISTICS = {    # what train_ppo yields -> what is likely wrong
     "loss": "the loss must be that of the step's last minibatch: is it no mean, has Adam another "
             "eps or decay, or does the learning rate leave its schedule?",
     "score": "the score must be the mean over the episodes of the step",
+    "rollout_kl": "the controller must see the mean over episodes, not a sum over the batch, of "
+                  "the sum over tokens of log pi/pi_ref",
+    "kl_coef": "it starts at ppo_init_kl_coef / target and changes after each step",
     "sampled_tokens": "sampled tokens must be the response tokens of the step",
     "trained_tokens": "trained tokens must be the sampled tokens times the epochs",
 }
@@ -216,6 +216,9 @@ def assert_train_ppo_follows_its_trace(cfg, values, critic, target):
     statistics = list(ppo.train_ppo(cfg, policy, ref, PROMPTS, score, target, END,
                                     world.generator(9), values))
     assert set(statistics[0]) == set(STATISTICS), "train_ppo yields other statistics"
+    for name in ("rollout_kl", "kl_coef"):    # of the first step, which no update precedes
+        agree(torch.tensor(statistics[0][name]).double(), torch.tensor(expected[0][name]).double(),
+              f"{name} of the first step: {STATISTICS[name]}", tolerance=1e-6)
     for name, claim in STATISTICS.items():
         agree(torch.tensor([step[name] for step in statistics], dtype=torch.float64),
               torch.tensor([step[name] for step in expected], dtype=torch.float64),
