@@ -284,7 +284,7 @@ class Stage:
             code.update(reachable_code(function))
         return code
 
-    @property
+    @functools.cached_property
     def fields(self) -> dict:
         """The fields of the configuration that the code reads."""
         read = set(re.findall(r"\bcfg\.(\w+)", "\n".join(self.code.values())))
@@ -433,7 +433,13 @@ class Stages:
 
     def select_finished(self, stages: list[Stage]) -> list[Stage]:
         """Those of some stages whose values are in the folder."""
-        return [stage for stage in stages if load_stage(stage.path)[0]]
+        finished = []
+        for stage in stages:
+            stored, _ = load_stage(stage.path)
+            if stored:
+                stage.value = stored["value"]                      # so its file is read once
+                finished.append(stage)
+        return finished
 
 
 PARTS = 8    # a long stage is split into at most so many parts, which the workers share

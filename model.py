@@ -300,10 +300,9 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     """Sample a response to each prompt: prompts (B, P), prompt_lengths (B,) -> ids (B, T).
 
     Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
-    token included), then the end-of-text token `end` as filler. All rows are at the same position;
-    a row whose prompt lasts longer reads its next token from the prompt, so nothing is padded on
-    the left. The log-probability of each sampled token is written into `logp_out`
-    (B, P + max_tokens), if given.
+    token included), then the end token `end` as filler. All rows are at the same position; a row
+    whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
+    left. `logp_out` (B, P + max_tokens), if given, gets the log-probability of each sampled token.
     """
     B, device = len(prompts), prompts.device
     T, first = int(prompt_lengths.max()) + max_tokens, int(prompt_lengths.min())

@@ -78,13 +78,15 @@ def choose_proposals(setup, policies: list[Stage]) -> tuple[Stage, ...]:
     return (*ppo_gt, *dpo_by_beta[:2])    # a small beta goes far
 
 
+def sampling_policies(setup, proposals: tuple[Stage, ...]) -> list[GPT]:
+    """pi_ref and the finished policies of the proposals."""
+    return [setup.ref] + [load_finished_policy(setup, policy) for policy in proposals]
+
+
 @cached
 def sample_proposals(setup, part: int, proposals: tuple[Stage, ...]) -> tuple[Tensor, Tensor]:
-    """Rewards and log weights of `sample_mixture`, for one part of the evaluation prompts.
-
-    pi_ref and the finished policies of `proposals` sample.
-    """
-    policies = [setup.ref] + [load_finished_policy(setup, policy) for policy in proposals]
+    """Rewards and log weights of `sample_mixture`, for one part of the evaluation prompts."""
+    policies = sampling_policies(setup, proposals)
     prompts = tuple(p.chunk(PARTS)[part] for p in evaluation_prompts(setup))
     generator = data.named_generator("optimum", setup.cfg.seed, part, device=setup.device)
     *_, reward, log_weight = sample_mixture(setup, policies, prompts, setup.cfg.optimum_samples,

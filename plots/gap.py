@@ -92,21 +92,20 @@ def measure_optimum(setup, beta: float, proposals: tuple[Stage, ...]) -> dict:
     It is measured on the first 64 prompts, because rollouts from every prefix are slow.
     """
     setup = setup._replace(eval_prompts=tuple(p[:64] for p in evaluation_prompts(setup)))
-    policies = [setup.ref] + [load_finished_policy(setup, policy) for policy in proposals]
+    policies = frontier.sampling_policies(setup, proposals)
     return {"figure": "gap", "panel": "nats", "variant": "", "method": "optimum", "setting": beta,
             "step": 0, **nats.optimum_nats(setup, policies, beta)}
 
 
 def policies_to_measure(policies: list[Stage]) -> list[Stage]:
     """The finished policy of each method whose KL is nearest to 2, if any."""
-    nearest = {}    # method -> policy
+    finished = {}    # method -> its finished policies
     for policy in policies:
-        method, rows = policy.value["method"], policy.value["rows"]
+        rows = policy.value["rows"]
         if rows and rows[-1]["final"]:
-            others = [nearest[method]] if method in nearest else []
-            nearest[method] = min([*others, policy],
-                                  key=lambda policy: abs(policy.value["rows"][-1]["kl"] - KL))
-    return list(nearest.values())
+            finished.setdefault(policy.value["method"], []).append(policy)
+    return [min(group, key=lambda policy: abs(policy.value["rows"][-1]["kl"] - KL))
+            for group in finished.values()]
 
 
 def study(setup, policies: list[Stage], train_variant: Callable) -> tuple[list[dict], list[dict]]:

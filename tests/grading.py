@@ -115,8 +115,8 @@ def fill_hole(original: str, submitted: str, hole: str) -> str:
     if names[0] != names[1]:
         raise Refusal(f"{hole} takes ({', '.join(names[0])}), not ({', '.join(names[1])}): keep "
                       "its signature")
-    new_lines = submitted.split("\n")[function.lineno - 1:function.end_lineno]
-    lines = original.removesuffix("\n").split("\n")    # as ast counts them
+    new_lines = starter.lines_of(submitted)[function.lineno - 1:function.end_lineno]
+    lines = starter.lines_of(original)
     return "\n".join([*lines[:old.lineno - 1], *new_lines, *lines[old.end_lineno:]]) + "\n"
 
 

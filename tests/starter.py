@@ -14,6 +14,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOT_COPIED = "runs", ".*", "__pycache__"
 
 
+def lines_of(source: str) -> list[str]:
+    """The lines of a source as `ast` counts them: str.splitlines also splits at form feeds."""
+    return source.removesuffix("\n").split("\n")
+
+
 def blank(source: str, name: str, module: str) -> str:
     """The source with the body of one top-level function replaced by a NotImplementedError.
 
@@ -25,7 +30,7 @@ def blank(source: str, name: str, module: str) -> str:
     first_statement = function.body[0]
     if ast.get_docstring(function):
         first_statement = function.body[1]
-    lines = source.removesuffix("\n").split("\n")    # as ast counts them
+    lines = lines_of(source)
     before = lines[:first_statement.lineno - 1]
     after = lines[function.end_lineno:]
     hole = f'    raise NotImplementedError("{module}.{name} is yours to write")'
