@@ -31,7 +31,7 @@ from torch import Tensor
 from model import last_response_token, trimmed_width
 
 # ----------------------------------------------------------------------------------- the language
-# An opening is an owner (or another determiner) and a subject, "This western:", which tells the
+# An opening is an owner (or another determiner) and a subject, "This western:", which names the
 # domain of a review.
 OWNERS = ["This", "That", "The", "Our", "My", "Your", "Their", "His", "Her", "One", "Another",
           "Some", "Every", "Any", "Last", "First"]
@@ -100,7 +100,7 @@ REVIEW = {domain: re.compile(review_pattern(domain)) for domain in SUBJECTS}
 
 
 def domains_of(text: str) -> list[str]:
-    """The domain that the opening of a text tells; all domains if there is no opening."""
+    """The domain that the opening of a text names; all domains if there is no opening."""
     return [domain for domain in SUBJECTS if OPENING[domain].match(text)] or list(SUBJECTS)
 
 
@@ -197,8 +197,10 @@ def write_corpus(count: int, seed: int, domain: str = "film") -> dict[str, list[
     reviews = {}                                                       # a dict keeps the order
     while len(reviews) < count:
         reviews[write_review(rng, domain)] = None
-    texts, a, b = list(reviews), int(.8 * count), int(.9 * count)
-    return {"train": texts[:a], "validation": texts[a:b], "test": texts[b:]}
+    texts = list(reviews)
+    train_end, validation_end = int(.8 * count), int(.9 * count)
+    return {"train": texts[:train_end], "validation": texts[train_end:validation_end],
+            "test": texts[validation_end:]}
 
 
 # ---------------------------------------------------------------------------------- the tokenizer

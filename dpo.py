@@ -182,11 +182,11 @@ def optimal_frontier(reward: Tensor, betas: Tensor,
     kl       mean over prompts of KL(pi* || pi_ref), nats
     reward   mean over prompts of E_pi*[r]
     ess      effective sample size (sum u)^2 / sum u^2, u = w exp(r / beta), its 10th percentile
-             over prompts; the curve is not reliable where it is below 50
+             over prompts; the curve is not reliable where it is below `plots.MIN_ESS`
     se       standard error of the height of the curve, from the finite N, for these prompts
 
-    The estimate of Z is unbiased. That of log Z, and so the curve, is biased low (Jensen), so
-    shares come out too high.
+    The estimate of Z is unbiased. That of log Z is biased low (Jensen's inequality). So the curve
+    is too low, and `share_of_optimal_gain` is too high.
     """
     reward = reward.double()
     log_weight = torch.zeros_like(reward) if log_weight is None else log_weight.double()
@@ -195,15 +195,15 @@ def optimal_frontier(reward: Tensor, betas: Tensor,
     for beta in betas.tolist():
         p = optimal_policy(log_weight, reward, beta).exp()                # (X, N), rows sum to 1
         log_z = log_partition(log_weight, reward, beta)                   # (X,)
-        mean_reward = (p * reward).sum(1)                                 # (X,) E_pi*[r]
+        expected_reward = (p * reward).sum(1)                             # (X,) E_pi*[r]
         ess = 1 / (p ** 2).sum(1)                                         # (X,)
-        variance = (1 / ess - 1 / reward.shape[1]).clamp(min=0)           # (X,) Var(Z) / Z^2
+        relative_variance = (1 / ess - 1 / reward.shape[1]).clamp(min=0)  # (X,) Var(Z) / Z^2
         frontier["beta"].append(beta)
-        frontier["kl"].append((mean_reward / beta - log_z).mean().item())
-        frontier["reward"].append(mean_reward.mean().item())
+        frontier["kl"].append((expected_reward / beta - log_z).mean().item())
+        frontier["reward"].append(expected_reward.mean().item())
         frontier["ess"].append(ess.quantile(.1).item())
         # Var(log Z) = Var(Z) / Z^2 (delta method); at a fixed KL the curve is beta (log Z + KL)
-        frontier["se"].append((beta * (variance.sum().sqrt() / len(reward))).item())
+        frontier["se"].append((beta * (relative_variance.sum().sqrt() / len(reward))).item())
     return frontier
 
 

@@ -1,6 +1,7 @@
 """A small GPT, the log-probabilities that it gives to a text, and its sampler.
 
-Shapes: B sequences, T tokens, V vocabulary, H heads, D width of a head, W width of the model.
+Shapes: B sequences of a batch, N of all batches, M response tokens of a batch, T tokens, P tokens
+of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model.
 A row of `ids` is a prompt from position 0, its response right after it, then filler. A mask (B, T)
 says which ids are response tokens.
 """
@@ -302,16 +303,20 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
     token included), then the end token `end` as filler. All rows are at the same position; a row
     whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
-    left. `logp_out` (B, P + max_tokens), if given, gets the log-probability of each sampled token.
+    left. `logp_out` (B, P + max_tokens), if given, holds 0 before, and after it the log-probability
+    of each sampled token, at temperature 1.
     """
     B, device = len(prompts), prompts.device
-    T, first = int(prompt_lengths.max()) + max_tokens, int(prompt_lengths.min())
+    T = int(prompt_lengths.max()) + max_tokens
+    shortest = int(prompt_lengths.min())
     ids = prompts_with_filler(prompts, prompt_lengths, T, end)
-    rows = torch.arange(B, device=device)                                    # rows in the batch
+    rows = torch.arange(B, device=device)                                    # rows still sampled
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
-    begin, stop = prompt_lengths, prompt_lengths + max_tokens                # of the response
-    kv_caches, start, x = model.new_caches(B, T), 0, ids[:, :first]
-    for t in range(first, T):
+    begin = prompt_lengths                                                   # of the response
+    stop = begin + max_tokens                                                # one past its end
+    kv_caches = model.new_caches(B, T)
+    x, start = ids[:, :shortest], 0                                          # the next to read
+    for t in range(shortest, T):
         logits = model.logits(model.hidden(x, kv_caches, start)[:, -1])      # (rows, V)
         u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
@@ -352,7 +357,7 @@ def last_response_token(mask: Tensor) -> Tensor:
 def generate(model: GPT, prompts: tuple[Tensor, Tensor], count: int, max_tokens: int, end: int,
              generator: torch.Generator, temperature: float = 1.,
              batch: int = 2048) -> tuple[Tensor, Tensor]:
-    """Sample `count` responses to each of N prompts, in batches; those to a prompt are consecutive.
+    """Sample `count` responses to each of N prompts. Responses to one prompt are consecutive rows.
 
     prompts is ids (N, P) and lengths (N,) -> ids (N * count, P + max_tokens) and their mask.
     """

@@ -69,19 +69,19 @@ def reward_model_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
 
 
 def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences,
-                       epochs: list[list[Tensor]], lr: float, device: str) -> dict:
+                       batches_of_epochs: list[list[Tensor]], lr: float, device: str) -> dict:
     """Minimise Eq. 2, starting from the SFT model; keep the epoch with the best held-out accuracy.
 
-    As in App. C.1. Each of `epochs` is a list of batches, each batch the indices of some prompts.
-    Returns the parameters of a ScalarModel (`model`), its `accuracy` on held-out pairs, and `mean`
-    and `std` of its rewards of the held-out completions.
+    As in App. C.1. `batches_of_epochs` has a list of batches for each epoch; a batch is the indices
+    of some prompts. Returns the parameters of a ScalarModel (`state_dict`), its `accuracy` on
+    held-out pairs, and `mean` and `std` of its rewards of the held-out completions.
     """
     model = ScalarModel(ref)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0., fused=True)
-    scheduler = lr_schedule(optimizer, sum(map(len, epochs)))
+    scheduler = lr_schedule(optimizer, sum(map(len, batches_of_epochs)))
     best = {"accuracy": -1.}
-    for epoch in epochs:
-        for prompts in epoch:
+    for batches in batches_of_epochs:
+        for prompts in batches:
             batch = select_prompts(preferences, prompts)
             r = predict_reward(model, batch.ids.to(device), batch.mask.to(device))
             loss = reward_model_loss(r[batch.winner], r[batch.loser]).mean()
@@ -95,7 +95,7 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
         print(f"reward model: last loss {loss.item():.3f}, held-out accuracy {accuracy:.3f}",
               flush=True)
         if accuracy > best["accuracy"]:
-            best = {"model": cpu_state_dict(model), "accuracy": accuracy,
+            best = {"state_dict": cpu_state_dict(model), "accuracy": accuracy,
                     "mean": r.mean().item(), "std": r.std().item()}
     return best
 
@@ -184,10 +184,10 @@ def pretrain_critic(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor
     critic = ScalarModel(ref)
     device = ref.token.weight.device
     scores = map_batches(score, ids.to(device), mask.to(device))                     # (C,)
-    order = torch.randperm(len(ids), generator=generator).split(batch)
+    batches = torch.randperm(len(ids), generator=generator).split(batch)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, weight_decay=0., fused=True)
-    scheduler = lr_schedule(optimizer, len(order))
-    for rows in order:
+    scheduler = lr_schedule(optimizer, len(batches))
+    for rows in batches:
         width = trimmed_width(mask[rows])
         response = mask[rows, :width].to(device)                                     # (B, T)
         states = states_before_tokens(critic, ids[rows, :width].to(device))[response]    # (M, W)
@@ -286,7 +286,7 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
         picked = picked.repeat_interleave(cfg.completions)
         rollout = roll_out(policy, ref, critic, (prompts[0][picked], prompts[1][picked]),
                            cfg.max_tokens, end, score, generator)
-        # 2.-4.
+        # 2.-4. Rewards of tokens, advantages, clipped updates.
         loss = ppo_update(policy, critic, optimizer, rollout, kl_coef, cfg.ppo_epochs,
                           cfg.ppo_minibatch, generator)
         scheduler.step()

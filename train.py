@@ -33,7 +33,7 @@ from harness import (PARTS, LossError, Stage, Stages, UserError, cached, option,
 from model import (GPT, GPTConfig, batched_sequence_logp, cpu_state_dict, generate, lr_schedule,
                    response_token_logp)
 from plots import (STYLE, cost, evaluation_prompts, figures, frontier, gap, mean_and_se,
-                   mean_over_steps, tables)
+                   mean_over_steps, prompts_of_split, tables)
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -134,21 +134,21 @@ def check_config(cfg: Config) -> None:
 
 
 # ---------------------------------------------------------------------------------- SFT (App. C.1)
+# Inside a stage (a function with @cached, see harness.py) `cfg` has only the fields that the code
+# of the stage reads as cfg.NAME. The name of a stage's file depends on these fields, and on `key`,
+# which stands for encoding, corpus and pi_ref.
 class Setup(NamedTuple):
     """What all runs of one seed share."""
-    cfg: Config                       # in a stage only the fields that its code reads as cfg.NAME
+    cfg: Config
     seed: int                         # equals cfg.seed, which the cfg of a stage may lack
     stages: Stages
     device: str
-    key: str                          # pi_ref's file; hashed in place of the next three
+    key: str                          # the name of pi_ref's file
     encoding: tiktoken.Encoding
     corpus: dict[str, list[str]]      # split -> film reviews
     ref: GPT                          # pi_ref
     user_pairs: harness.UserPairs | None = None
-    # these three only in `measure_figure` and plots/gap.py
-    train_prompts: tuple[Tensor, Tensor] | None = None
-    eval_prompts: tuple[Tensor, Tensor] | None = None
-    learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
+    learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None    # for the figures alone
 
 
 @cached    # computed once and kept in a file, see harness.py
@@ -242,13 +242,7 @@ def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: lis
 
 
 # ---------------------------------------------------------------- completions, labels (Section 6)
-@cached
-def prompts_of_split(setup: Setup, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """Prompts from the first `count` reviews of a split -> ids (count, P), lengths (count,)."""
-    texts = setup.corpus[split][:count]
-    return data.make_prompts(setup.encoding, texts, named_rng("prompts", split, setup.cfg.seed))
-
-
+# The figures need prompts too: prompts_of_split and evaluation_prompts are in plots/.
 def sample_completions(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
                        generator: torch.Generator) -> dict[str, Tensor]:
     """A policy's completions of N prompts, with log pi_ref and the true rewards.
@@ -309,7 +303,7 @@ def training_preferences(setup: Setup) -> Preferences:
 
 # -------------------------------------------------------------------------------- DPO (Section 4)
 class Run(NamedTuple):
-    """One policy of the sweep."""
+    """What to train: a method and its setting."""
     method: str
     setting: float    # beta, alpha, target KL or, for Preferred-FT, the number of the run
 
@@ -366,7 +360,7 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
     scheduler = lr_schedule(optimizer, steps)
 
     def run_round(number: int) -> Iterator[dict[str, float]]:
-        round_pairs = pairs or sample_round(setup, policy, run, number)
+        round_pairs = sample_round(setup, policy, run, number) if pairs is None else pairs
         for epoch in range(cfg.epochs):
             generator = named_generator("order", *run, cfg.seed, number, epoch)
             for prompts in data.shuffled_batches(round_pairs, cfg.batch_prompts, generator):
@@ -382,8 +376,7 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
 def fit_reward_model(setup: Setup) -> dict:
     """The reward model and the scale of its rewards: see `ppo.train_reward_model`.
 
-    The held-out pairs, which select the epoch, have the labels of the true reward, also with
-    --pairs.
+    The held-out pairs, which select the epoch, are labelled by the true reward, also with --pairs.
     """
     cfg, pairs = setup.cfg, training_preferences(setup)
     held_out_prompts = min(math.ceil(cfg.prompts / 8), len(setup.corpus["validation"]))
@@ -398,8 +391,8 @@ def fit_reward_model(setup: Setup) -> dict:
 def make_learned_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
     """The reward of PPO: learned, with mean 0 and deviation 1 on responses of pi_ref."""
     fitted = fit_reward_model(setup)
-    model = ppo.ScalarModel(setup.ref).to(setup.device)
-    model.load_state_dict(fitted["model"])
+    model = ppo.ScalarModel(setup.ref)
+    model.load_state_dict(fitted["state_dict"])
 
     def score(ids: Tensor, mask: Tensor) -> Tensor:
         return (ppo.predict_reward(model, ids, mask) - fitted["mean"]) / fitted["std"]
@@ -444,9 +437,9 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
 
 # To add a method: (1) an entry here; (2) a field of Config with its settings; (3) a line in the
 # dict of `train_sweep`; (4) a style in plots/__init__.py; (5) if it should appear there, a line in
-# plots/cost.py and plots/winrate.py. The first function of the entry returns the number of steps
-# and an iterator; each `next` takes one step and yields a dict of floats. It reads fields only as
-# `cfg.NAME`: harness.py finds them in the code by this spelling.
+# plots/cost.py, plots/winrate.py and plots/samples.py. The first function of the entry returns the
+# number of steps and an iterator; each `next` takes one step and yields a dict of floats. The
+# function must read settings as `cfg.NAME`: harness.py finds them in the code by this spelling.
 METHODS = {    # method -> how it is trained; its loss, or the function that makes its score
     "ppo_gt": (train_with_ppo, make_true_score),
     "ppo": (train_with_ppo, make_learned_score),
@@ -457,7 +450,7 @@ METHODS = {    # method -> how it is trained; its loss, or the function that mak
 
 
 # -------------------------------------------------------------------------------------- evaluation
-# The figures evaluate policies too: evaluation_prompts and sample_rewards are in plots/.
+# The figures evaluate policies too: `sample_rewards` is in plots/frontier.py.
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
@@ -488,27 +481,21 @@ def check_finite(statistics: dict[str, float]) -> None:
         raise FloatingPointError(f"{', '.join(names)} not finite")
 
 
-def evaluation_row(setup: Setup, policy: GPT, run: Run, step: int, is_final: bool,
-                   seconds: float, recent: list[dict]) -> dict:
-    """A row of results: an evaluation, and the mean statistics since the previous evaluation."""
-    samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
-    numbers = evaluate(setup, policy, samples, *run, step)
-    check_finite(numbers)
-    numbers.update(seconds=seconds, **mean_over_steps(recent))
-    return {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
-
-
 def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: Iterator[dict],
               result: dict) -> None:
-    """Take all training steps, and evaluate the policy on the way and at the end.
+    """Take all training steps, and evaluate the policy during training and at the end.
 
     Each `next(training_steps)` updates the policy in place and yields its statistics. `result` gets
     `step`, `rows`, and `checkpoints`, the policies of the rows; it is filled in place so that they
-    survive an exception. `seconds` is the time of training without evaluation.
+    survive an exception. A row is an evaluation, the `seconds` of training until then, and the
+    means of the statistics since the previous row.
     """
-    def evaluate_now(is_final: bool) -> None:
-        # `recent` is empty if training ended early, right after an evaluation
-        row = evaluation_row(setup, policy, run, step, is_final, seconds, recent or [statistics])
+    def add_row(is_final: bool, samples: int) -> None:    # reads the variables of the loop below
+        numbers = evaluate(setup, policy, samples, *run, step)
+        check_finite(numbers)
+        # a round with ties may end before `steps`, right after a row: then `recent` is empty
+        numbers.update(seconds=seconds, **mean_over_steps(recent or [statistics]))
+        row = {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
         result["rows"].append(row)
         result["checkpoints"].append(cpu_state_dict(policy))
         tables.print_row(row, steps)
@@ -522,12 +509,12 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         check_finite(statistics)
         recent.append(statistics)
         if step % interval == 0 and step < steps:
-            evaluate_now(is_final=False)
+            add_row(is_final=False, samples=math.ceil(setup.cfg.eval_samples / 4))
             recent = []
         start = time.perf_counter()
     if result["step"] == 0:
         raise UserError(NO_PAIRS)
-    evaluate_now(is_final=True)
+    add_row(is_final=True, samples=setup.cfg.eval_samples)
 
 
 @cached
@@ -545,14 +532,15 @@ def train_policy(setup: Setup, run: Run, train: Callable, loss_or_make_score: Ca
     try:
         run_steps(setup, policy, run, steps, training_steps, result)
     except (FloatingPointError, LossError) as error:
-        names = ("method", "setting", "seed", "step")
-        result["failure"] = {**{name: result[name] for name in names}, "reason": str(error)}
+        result["failure"] = {**run._asdict(), "seed": setup.seed, "step": result["step"],
+                             "reason": str(error)}
     return result
 
 
 def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -> list[Stage]:
-    """One stage for each method and setting; `settings` maps a method, or a name in `losses`, to
-    its settings.
+    """One stage for each method and setting.
+
+    `settings` maps a method, or a name in `losses`, to its settings.
     """
     trained_by = {**METHODS, **{name: (train_on_pairs, loss) for name, loss in losses.items()}}
     return [Stage(train_policy, setup, Run(method, float(setting)), *trained_by[method])
@@ -565,27 +553,28 @@ def train_sweep(setups: list[Setup]) -> list[Stage]:
     `get_all` needs each stage after those that it reads. The initial critics of PPO need the reward
     models, so they come after PPO-GT, which keeps the other workers busy meanwhile.
     """
-    cfg, reward_models, ppo_gt, critics, others = setups[0].cfg, [], [], [], []
+    cfg = setups[0].cfg
+    reward_models, ppo_gt, ppo_critics, remaining = [], [], [], []
     for setup in setups:
         reward_models += [Stage(fit_reward_model, setup),
                           Stage(initial_critic, setup, "ppo_gt", make_true_score)]
         ppo_gt += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
-        critics.append(Stage(initial_critic, setup, "ppo", make_learned_score))
-        others += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
-                                        "unlikelihood": cfg.alphas,
-                                        "preferred_ft": tuple(range(cfg.preferred_runs))})
-    setups[0].stages.get_all(reward_models + ppo_gt + critics + others, report=True)
-    return ppo_gt + others
+        ppo_critics.append(Stage(initial_critic, setup, "ppo", make_learned_score))
+        remaining += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
+                                           "unlikelihood": cfg.alphas,
+                                           "preferred_ft": tuple(range(cfg.preferred_runs))})
+    setups[0].stages.get_all(reward_models + ppo_gt + ppo_critics + remaining, report=True)
+    return ppo_gt + remaining
 
 
 def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[Stage]:
     """The baselines that are in the folder, and the policies of a user's losses."""
-    baselines, policies = [], []
+    baselines, of_losses = [], []
     for setup in setups:
         baselines += find_baselines(setup)
-        policies += policy_stages(setup, dict.fromkeys(losses, setup.cfg.betas), losses)
-    setups[0].stages.get_all(policies, report=True)
-    return baselines + policies
+        of_losses += policy_stages(setup, dict.fromkeys(losses, setup.cfg.betas), losses)
+    setups[0].stages.get_all(of_losses, report=True)
+    return baselines + of_losses
 
 
 def find_baselines(setup: Setup) -> list[Stage]:
@@ -607,37 +596,12 @@ def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tup
     cfg = dataclasses.replace(setup.cfg, **fields)
     check_config(cfg)
     changed = prepare(cfg, setup.seed, setup.stages, setup.device)
-    policies = policy_stages(changed, settings)
-    setup.stages.get_all(policies, report=True)
-    return changed, policies
+    trained = policy_stages(changed, settings)
+    setup.stages.get_all(trained, report=True)
+    return changed, trained
 
 
 # --------------------------------------------------------------------------------- the experiment
-@cached
-def measure_figure(setup: Setup, name: str, measure: Callable,
-                   policies: tuple[Stage, ...]) -> list[dict]:
-    """The rows of a figure that needs policies: measure(setup, trained runs).
-
-    `name` is only for the name of the stage's file.
-    """
-    score = make_learned_score(setup)
-
-    def learned_reward(ids: Tensor, mask: Tensor) -> Tensor:
-        return score(ids, mask).round(decimals=4)    # the batch changes the last digits
-
-    setup = setup._replace(train_prompts=prompts_of_split(setup, "train", setup.cfg.prompts),
-                           eval_prompts=evaluation_prompts(setup), learned_reward=learned_reward)
-    return measure(setup, [policy.value for policy in policies])
-
-
-def measure_figures(setup: Setup, policies: list[Stage]) -> list[dict]:
-    """The rows of all figures that need policies, from those of the seed of `setup`."""
-    own = tuple(policy for policy in policies if policy.setup.seed == setup.seed)
-    stages = [Stage(measure_figure, setup, name, figure.measure, own)
-              for name, figure in figures.FROM_POLICIES.items()]
-    return sum(setup.stages.get_all(stages, report=True), [])
-
-
 def write_preferences(setup: Setup, overwrite: bool) -> None:
     """Write the preferences of pi_ref's completions as text, and print a summary of them."""
     path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
@@ -649,13 +613,32 @@ def write_preferences(setup: Setup, overwrite: bool) -> None:
           flush=True)
 
 
+def write_and_report(out: pathlib.Path, cfg: Config, rows: list[dict], failures: list[dict],
+                     optimum: dict, measured: list[dict], seconds: dict[str, float]) -> int:
+    """Write all results, draw all figures and print the tables; returns the exit code.
+
+    `seconds` of each stage are for the cost figure. With --loss they are empty, and the costs of an
+    earlier command stay.
+    """
+    measured = measured + figures.earlier_rows(out, optimum, measured)
+    rows = tables.finish_rows(rows, measured, optimum, dataclasses.asdict(cfg))
+    if seconds:
+        measured = [row for row in measured if row["figure"] != "cost"]
+        measured += cost.compute_costs(rows, optimum, seconds)
+    figures.write_results(out, rows, failures, optimum, measured)
+    figures.draw_all(out)
+    print(tables.report(rows, failures, optimum), f"results and figures are in {out}", sep="\n")
+    return 1 if failures or tables.above_optimum(rows, optimum) else 0
+
+
 def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Config,
                args: argparse.Namespace, pair_texts: list[dict]) -> int:
     """Section 6, in its order, as one of several workers.
 
     Returns the exit code: 1 if a run failed, or if one is above the optimum, which means a bug.
     """
-    out, losses = pathlib.Path(args.out), harness.load_losses(args.loss, reserved=STYLE)
+    out = pathlib.Path(args.out)
+    losses = harness.load_losses(args.loss, reserved=STYLE)
     stages = Stages(out, store)
     if losses:
         stages.on_row = partial(figures.draw_progress, out)
@@ -665,30 +648,25 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         reference_completions(setup, "train", cfg.prompts)
         if rank == 0 and not pair_texts:
             write_preferences(setup, overwrite=not losses)
-    policies = train_losses(setups, losses) if losses else train_sweep(setups)
+    trained = train_losses(setups, losses) if losses else train_sweep(setups)
     if losses:    # the optimum is that of the baselines, which are trained on pi_ref's pairs
         setups = [setup._replace(user_pairs=None) for setup in setups]
-    optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, policies)
+    optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, trained)
                                      for setup in setups})
-    measured = [] if losses else measure_figures(setups[0], policies)
-    runs = [policy.value for policy in policies]
-    failures = [run["failure"] for run in runs if run["failure"]]
+    measured = []
+    if not losses:
+        measured += figures.measure_all(setups[0], trained, make_learned_score)
+    failures = [stage.value["failure"] for stage in trained if stage.value["failure"]]
     if args.study:
-        gap_rows, gap_failures = gap.study(setups[0], policies, train_variant)
-        measured, failures = measured + gap_rows, failures + gap_failures
+        gap_rows, gap_failures = gap.study(setups[0], trained, train_variant)
+        measured += gap_rows
+        failures += gap_failures
     if rank > 0:
         return 0
-    measured += figures.earlier_rows(out, optimum, measured)
     rows = [reference_row(setup) for setup in setups]
-    rows += [row for run in runs for row in run["rows"]]
-    rows = tables.finish_rows(rows, measured, optimum, dataclasses.asdict(cfg))
-    if not losses:    # with --loss, an earlier command's costs stay
-        measured = [row for row in measured if row["figure"] != "cost"]
-        measured += cost.compute_costs(rows, optimum, stages.seconds)
-    figures.write_results(out, rows, failures, optimum, measured)
-    figures.draw_all(out)
-    print(tables.report(rows, failures, optimum), f"results and figures are in {out}", sep="\n")
-    return 1 if failures or tables.above_optimum(rows, optimum) else 0
+    rows += [row for stage in trained for row in stage.value["rows"]]
+    seconds = {} if losses else stages.seconds
+    return write_and_report(out, cfg, rows, failures, optimum, measured, seconds)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from harness import Stage
+from harness import Stage, cached
 
 matplotlib.use("Agg")    # write files, never open a window
 import matplotlib.pyplot as plt    # noqa: E402 (after the backend is chosen)
@@ -55,16 +55,17 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     for name in steps[0]:
         x = torch.tensor([step[name] for step in steps], dtype=torch.float64)
         means[name] = x.mean().item()
-        means[f"{name}_se"] = x.std(correction=0).item() / max(len(x) - 1, 1) ** .5    # 0 of one
+        # std(correction=0) / sqrt(n - 1) is the usual standard error; for one step it is 0
+        means[f"{name}_se"] = x.std(correction=0).item() / max(len(x) - 1, 1) ** .5
     return means
 
 
-def policy_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
-    """The policy of a method whose KL is nearest to `kl` nats, if any.
+def checkpoint_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
+    """The checkpoint of a method whose KL is nearest to `kl` nats, if any.
 
-    Figures compare the methods at equal KL. Within a tenth of `kl` a finished policy is preferred
-    to one on the way, which is less trained; a method that has neither is shown by its nearest
-    finished policy. -> method, setting, step, kl, and `state`, the parameters for `load_policy`.
+    Figures compare the methods at equal KL. A finished policy within a tenth of `kl` is preferred
+    to one during training. Without either, the nearest finished policy is returned. -> method,
+    setting, step, kl, and `state`, the parameters for `load_policy`.
     """
     candidates = []
     for run in runs:
@@ -73,10 +74,23 @@ def policy_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None
                            for row, state in zip(run["rows"], run["checkpoints"])]
     near = [row for row in candidates if abs(row["kl"] - kl) <= kl / 10]
     finished = [row for row in near if row["final"]]
-    others = [row for row in candidates if row["final"]] or candidates    # none, if a run failed
-    nearest = min(finished or near or others, key=lambda row: abs(row["kl"] - kl), default=None)
-    names = "method", "setting", "step", "kl", "state"
-    return nearest and {name: nearest[name] for name in names}
+    fallback = [row for row in candidates if row["final"]] or candidates    # none, if a run failed
+    nearest = min(finished or near or fallback, key=lambda row: abs(row["kl"] - kl), default=None)
+    if nearest is None:
+        return None
+    return {name: nearest[name] for name in ("method", "setting", "step", "kl", "state")}
+
+
+# pi_ref in the format of `checkpoint_near_kl`
+REFERENCE = {"method": "sft", "setting": 0., "step": 0, "kl": 0., "state": {}}
+
+
+@cached
+def prompts_of_split(setup, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """Prompts from the first `count` reviews of a split -> ids (count, P), lengths (count,)."""
+    texts = setup.corpus[split][:count]
+    rng = data.named_rng("prompts", split, setup.cfg.seed)
+    return data.make_prompts(setup.encoding, texts, rng)
 
 
 def evaluation_prompts(setup) -> tuple[Tensor, Tensor]:
@@ -86,9 +100,6 @@ def evaluation_prompts(setup) -> tuple[Tensor, Tensor]:
     return tuple(p.to(setup.device) for p in prompts)
 
 
-REFERENCE = {"method": "sft", "setting": 0., "step": 0, "kl": 0., "state": {}}    # as a policy
-
-
 def load_policy(setup, state: dict) -> nn.Module:
     """The policy with these parameters; pi_ref if there are none."""
     policy = copy.deepcopy(setup.ref)
@@ -96,9 +107,15 @@ def load_policy(setup, state: dict) -> nn.Module:
     return policy
 
 
-def load_finished_policy(setup, policy: Stage) -> nn.Module:
+def load_finished_policy(setup, stage: Stage) -> nn.Module:
     """The finished policy of a stage of train.py."""
-    return load_policy(setup, policy.value["checkpoints"][-1])
+    return load_policy(setup, stage.value["checkpoints"][-1])
+
+
+def reliable_kl(optimum: dict) -> float:
+    """The KL, nats, up to which the optimum rests on enough effective samples."""
+    reliable = [kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= MIN_ESS]
+    return max(reliable, default=0.)
 
 
 def short_label(method: str) -> str:
@@ -120,6 +137,7 @@ def label_with_kl(row: dict) -> str:
 
 
 def save(figure, path) -> None:
+    """Write a figure to a file, and free its memory."""
     figure.tight_layout()
     figure.savefig(path, dpi=105)
     plt.close(figure)

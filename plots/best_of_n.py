@@ -16,7 +16,7 @@ from torch import Tensor
 
 import data
 from model import generate, map_batches
-from plots import STYLE, mean_and_se, plt, save
+from plots import STYLE, evaluation_prompts, mean_and_se, plt, save
 
 POOL = 512    # M, responses of pi_ref to each prompt
 NS = [2 ** i for i in range(8)]    # 1 to 128, as in the paper
@@ -82,10 +82,11 @@ def sample_pools(setup) -> dict[str, Tensor]:
     `reward` is the true reward and `learned_reward` the learned one. `win_rate` is 1 for a win
     against the review that the prompt begins, .5 for a tie, 0 for a loss. `length` is in tokens.
     """
-    cfg, X = setup.cfg, len(setup.eval_prompts[0])
+    cfg, prompts = setup.cfg, evaluation_prompts(setup)
+    X = len(prompts[0])
     generator = data.named_generator("best of n", cfg.seed, device=setup.device)
-    ids, mask = generate(setup.ref, setup.eval_prompts, POOL, cfg.max_tokens,
-                         setup.encoding.eot_token, generator)
+    ids, mask = generate(setup.ref, prompts, POOL, cfg.max_tokens, setup.encoding.eot_token,
+                         generator)
     learned_reward = map_batches(setup.learned_reward, ids, mask).cpu().view(X, -1)
     reward = data.true_reward(setup.encoding, ids, mask).cpu().view(X, -1)
     reviews = setup.corpus[cfg.split][:X]

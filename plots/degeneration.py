@@ -11,7 +11,8 @@ import torch
 
 import data
 from model import GPT, generate
-from plots import STYLE, load_policy, mean_and_se, plt, policy_near_kl, save
+from plots import (STYLE, checkpoint_near_kl, evaluation_prompts, load_policy, mean_and_se, plt,
+                   save)
 
 SAMPLES = 4    # responses to each prompt
 PANELS = {"length": "response length, tokens", "distinct_2": "distinct bigrams / bigrams",
@@ -36,7 +37,7 @@ def evaluate(setup, policy: GPT, *names) -> dict:
     The sample is the first response to the first prompt. `names` name the random generator.
     """
     generator = data.named_generator("degeneration", setup.cfg.seed, *names, device=setup.device)
-    ids, mask = generate(policy, setup.eval_prompts, SAMPLES, setup.cfg.max_tokens,
+    ids, mask = generate(policy, evaluation_prompts(setup), SAMPLES, setup.cfg.max_tokens,
                          setup.encoding.eot_token, generator)
     texts = data.decode(setup.encoding, ids, mask)
     responses = [row[is_response].tolist() for row, is_response in zip(ids, mask)]
@@ -53,7 +54,7 @@ def evaluate(setup, policy: GPT, *names) -> dict:
 
 def runs_to_show(runs: list[dict]) -> list[dict]:
     """DPO near KL 2, then Unlikelihood at its largest and at its smallest alpha, failed or not."""
-    near = policy_near_kl(runs, "dpo")
+    near = checkpoint_near_kl(runs, "dpo")
     chosen = [run for run in runs if near and run["method"] == "dpo"
               and run["setting"] == near["setting"]]
     unlikelihood = [run for run in runs if run["method"] == "unlikelihood"]

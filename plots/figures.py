@@ -5,13 +5,18 @@ measured.jsonl   rows that single figures measured; the column `figure` names th
 optimum.json     the optimal frontier
 failures.jsonl   runs that failed, with the reason
 
-A new figure is a module in plots/ with measure(setup, runs) -> rows and draw(rows, path), imported
-here, with a line in FROM_POLICIES. Each row has "figure": its name. `runs` are the values of
-`train.train_policy`; the setup also has `eval_prompts`, `train_prompts` and `learned_reward`.
+A new figure is a module in plots/, imported here. One that needs policies has measure(setup, runs)
+-> rows and draw(rows, path), and a line in FROM_POLICIES. Each row has "figure": its name. `runs`
+are the values of `train.train_policy`, and setup.learned_reward(ids, mask) scores responses. One
+that needs results.jsonl alone has draw(rows, optimum, path), and a line in FROM_RESULTS.
 """
 import pathlib
+from typing import Callable
+
+from torch import Tensor
 
 import harness
+from harness import Stage, cached
 from plots import (best_of_n, cost, degeneration, domains, frontier, gap, inside, judges,
                    overoptimisation, prompts, samples, tables, winrate)
 
@@ -21,7 +26,7 @@ FROM_RESULTS = {    # from results.jsonl and optimum.json: draw(rows, optimum, p
     "inside": inside,
 }
 FROM_POLICIES = {    # measure(setup, runs) -> rows, each with "figure": this name; draw(rows, path)
-    "winrate": winrate,    # the slowest first
+    "winrate": winrate,    # the slowest first, so that the workers finish together
     "best_of_n": best_of_n,
     "overoptimisation": overoptimisation,
     "domains": domains,
@@ -34,6 +39,31 @@ FROM_ROWS = {    # from rows that `compute_costs` and `study` make: draw(rows, p
     "cost": cost,
     "gap": gap,
 }
+
+
+@cached
+def measure_figure(setup, name: str, measure: Callable, trained: tuple[Stage, ...],
+                   make_learned_score: Callable) -> list[dict]:
+    """The rows of a figure that needs policies. `name` is only for the name of the stage's file."""
+    score = make_learned_score(setup)
+
+    def learned_reward(ids: Tensor, mask: Tensor) -> Tensor:
+        return score(ids, mask).round(decimals=4)    # the batch changes the last digits
+
+    return measure(setup._replace(learned_reward=learned_reward),
+                   [stage.value for stage in trained])
+
+
+def measure_all(setup, trained: list[Stage], make_learned_score: Callable) -> list[dict]:
+    """The rows of all figures that need policies.
+
+    `trained` are stages of train.py, of which those of the setup's seed are shown.
+    make_learned_score(setup) -> the learned reward of (ids, mask).
+    """
+    of_this_seed = tuple(stage for stage in trained if stage.setup.seed == setup.seed)
+    stages = [Stage(measure_figure, setup, name, figure.measure, of_this_seed, make_learned_score)
+              for name, figure in FROM_POLICIES.items()]
+    return sum(setup.stages.get_all(stages, report=True), [])
 
 
 def write_results(folder: pathlib.Path, rows: list[dict], failures: list[dict], optimum: dict,

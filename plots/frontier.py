@@ -10,7 +10,7 @@ import data
 import dpo
 from harness import PARTS, Stage, cached, part_indices
 from model import GPT, batched_sequence_logp, generate, map_batches, response_kl
-from plots import (BEST_OF_N, MIN_ESS, evaluation_prompts, load_finished_policy, plt, save,
+from plots import (BEST_OF_N, evaluation_prompts, load_finished_policy, plt, reliable_kl, save,
                    styles_of)
 
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
@@ -19,15 +19,15 @@ MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, la
 # ------------------------------------------------------------------------- measuring the optimum
 def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], samples: int,
                    generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Samples of M policies, of which pi_ref is the first, to estimate the optimum from.
+    """Responses of M policies, pi_ref first, with their true rewards and log weights.
 
     Each policy samples n = `samples` responses to each of X prompts. -> ids and mask
-    (X, M * n, T), true rewards and log weights (`dpo.balance_heuristic`) (X, M * n).
-
-    Whatever the policies are, the estimates are unbiased (`dpo.balance_heuristic`). Policies that
-    are nearer to the optimum than pi_ref give more effective samples.
+    (X, M * n, T), rewards and log weights (X, M * n). Estimates of Z from them are unbiased for any
+    policies (`dpo.balance_heuristic`). Policies that are nearer to the optimum than pi_ref give
+    more effective samples.
     """
-    max_tokens, end = setup.cfg.max_tokens, setup.encoding.eot_token
+    max_tokens = setup.cfg.max_tokens
+    end = setup.encoding.eot_token
     generated = [generate(policy, prompts, samples, max_tokens, end, generator)
                  for policy in policies]
     ids, mask = (torch.cat(parts) for parts in zip(*generated))              # (M * X * samples, T)
@@ -65,22 +65,22 @@ def optimum_from_samples(reward: Tensor, log_weight: Tensor) -> dict:
     return {**dpo.optimal_frontier(reward, betas, log_weight), "ref_reward": ref_reward}
 
 
-def choose_proposals(setup, policies: list[Stage]) -> tuple[Stage, ...]:
+def choose_proposals(setup, trained: list[Stage]) -> tuple[Stage, ...]:
     """The policies that sample for the optimum besides pi_ref: PPO-GT, and DPO's two farthest.
 
-    `policies` are stages of train.py, whose values say how they were trained.
+    `trained` are stages of train.py, whose values say what was trained.
     """
-    finished = [policy for policy in policies
-                if policy.setup.seed == setup.seed and not policy.value["failure"]]
-    finished.sort(key=lambda policy: policy.value["setting"])
-    ppo_gt = [policy for policy in finished if policy.value["method"] == "ppo_gt"]
-    dpo_by_beta = [policy for policy in finished if policy.value["method"] == "dpo"]
-    return (*ppo_gt, *dpo_by_beta[:2])    # a small beta goes far
+    finished = [stage for stage in trained
+                if stage.setup.seed == setup.seed and not stage.value["failure"]]
+    finished.sort(key=lambda stage: stage.value["setting"])
+    ppo_gt = [stage for stage in finished if stage.value["method"] == "ppo_gt"]
+    dpo_by_beta = [stage for stage in finished if stage.value["method"] == "dpo"]
+    return (*ppo_gt, *dpo_by_beta[:2])    # a smaller beta goes farther from pi_ref
 
 
 def sampling_policies(setup, proposals: tuple[Stage, ...]) -> list[GPT]:
     """pi_ref and the finished policies of the proposals."""
-    return [setup.ref] + [load_finished_policy(setup, policy) for policy in proposals]
+    return [setup.ref] + [load_finished_policy(setup, stage) for stage in proposals]
 
 
 @cached
@@ -94,12 +94,12 @@ def sample_proposals(setup, part: int, proposals: tuple[Stage, ...]) -> tuple[Te
     return reward, log_weight
 
 
-def estimate_optimum(setup, policies: list[Stage]) -> dict:
+def estimate_optimum(setup, trained: list[Stage]) -> dict:
     """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean.
 
-    It is estimated from samples of pi_ref, and of some of the policies, which reach further.
+    It is estimated from samples of pi_ref, and of some trained policies, which reach further.
     """
-    proposals = choose_proposals(setup, policies)
+    proposals = choose_proposals(setup, trained)
     samples = setup.stages.get_all([Stage(sample_proposals, setup, part, proposals)
                                     for part in part_indices(setup.cfg.eval_prompts)], report=True)
     reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
@@ -129,7 +129,7 @@ def draw_optimum(axis, optimum: dict) -> None:
     """
     points = sorted(zip(optimum["kl"], optimum["reward"], optimum["ess"]))
     kl, reward, ess = zip(*points)
-    reliable = sum(size >= MIN_ESS for size in ess)    # number of points
+    reliable = sum(x <= reliable_kl(optimum) for x in kl)    # number of points
     dashed = slice(max(reliable - 1, 0), None)         # joins the last reliable point
     axis.fill_between(kl, reward, 1.02, color="0.93", lw=0)
     axis.plot(kl[:reliable], reward[:reliable], color="0.25", lw=2, label="optimum (Eq. 4)")
@@ -200,7 +200,7 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
         method_rows = [row for row in rows if row["method"] == method]
         if method_rows:
             draw_method(axis, method_rows, *method_style)
-    axis.scatter([], [], s=9, color="0.5", lw=0, label="on the way, in its colour")
+    axis.scatter([], [], s=9, color="0.5", lw=0, label="during training, in its colour")
     label_distant_policies(axis, [row for row in rows if row["final"]], styles)
     bottom = min(row["reward"] for row in rows if row["kl"] <= MAX_KL or row["final"])
     axis.set(xlim=(-.2, MAX_KL), ylim=(min(.45, bottom - .03), 1.02))

@@ -28,36 +28,21 @@ NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of th
     ("dpo", PAPER): STYLE["dpo"][1],
     ("dpo", "16 rounds"): VARIANTS["16 rounds"][0],
 }
-KL = 2.           # nats, at which policies are compared by role
+TARGET_KL = 2.    # nats, at which policies are compared by role
 SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ranks
 
 
 def variants(cfg) -> dict[str, tuple[dict, dict]]:
     """name -> (fields of the configuration to change, methods with the settings to train)."""
     settings = {"dpo": cfg.betas[:3]}
-    found = {PAPER: (dict(rounds=1), {**settings, "ppo_gt": cfg.kl_targets})}
+    result = {PAPER: (dict(rounds=1), {**settings, "ppo_gt": cfg.kl_targets})}
     for rounds in (4, 16):
-        found[f"{rounds} rounds"] = dict(rounds=rounds), settings
-    found["twice as wide"] = dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings
-    return found
+        result[f"{rounds} rounds"] = dict(rounds=rounds), settings
+    result["twice as wide"] = dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings
+    return result
 
 
 # -------------------------------------------------------------------------------------- measuring
-def rank_accuracy(setup, policy, sampler, *names) -> tuple[float, float]:
-    """How often log pi/pi_ref ranks two responses of `sampler` as the true reward does.
-
-    log pi/pi_ref is the reward that DPO implies (Section 5). Ties are left out. -> accuracy, its
-    standard error over prompts.
-    """
-    generator = data.named_generator("rank accuracy", setup.cfg.seed, *names, device=setup.device)
-    ids, mask = generate(sampler, setup.eval_prompts, SAMPLES, setup.cfg.max_tokens,
-                         setup.encoding.eot_token, generator)
-    implied = (batched_sequence_logp(policy, ids, mask, setup.device)
-               - batched_sequence_logp(setup.ref, ids, mask, setup.device)).view(-1, SAMPLES)
-    reward = data.true_reward(setup.encoding, ids, mask).cpu().view(-1, SAMPLES)
-    return mean_and_se(agreement(implied, reward))
-
-
 def agreement(implied: Tensor, reward: Tensor) -> Tensor:
     """The share of pairs of each prompt that two rewards (X, n) rank alike -> (X', 1).
 
@@ -70,17 +55,32 @@ def agreement(implied: Tensor, reward: Tensor) -> Tensor:
     return ((alike & differs).sum(1)[pairs > 0] / pairs[pairs > 0])[:, None]
 
 
+def rank_accuracy(setup, policy, sampler, *names) -> tuple[float, float]:
+    """How often log pi/pi_ref ranks two responses of `sampler` as the true reward does.
+
+    log pi/pi_ref is the reward that DPO implies (Section 5). Ties are left out. -> accuracy, its
+    standard error over prompts.
+    """
+    generator = data.named_generator("rank accuracy", setup.cfg.seed, *names, device=setup.device)
+    ids, mask = generate(sampler, evaluation_prompts(setup), SAMPLES, setup.cfg.max_tokens,
+                         setup.encoding.eot_token, generator)
+    implied = (batched_sequence_logp(policy, ids, mask, setup.device)
+               - batched_sequence_logp(setup.ref, ids, mask, setup.device)).view(-1, SAMPLES)
+    reward = data.true_reward(setup.encoding, ids, mask).cpu().view(-1, SAMPLES)
+    return mean_and_se(agreement(implied, reward))
+
+
 @cached
-def measure_policy(setup, variant: str, policy: Stage) -> dict:
+def measure_policy(setup, variant: str, stage: Stage) -> dict:
     """The row of a finished policy: its nats by role, and the accuracy of the reward it implies."""
-    setup = setup._replace(eval_prompts=evaluation_prompts(setup))
-    model, final = load_finished_policy(setup, policy), policy.value["rows"][-1]
+    policy = load_finished_policy(setup, stage)
+    final = stage.value["rows"][-1]
     method = final["method"]
     row = {"figure": "gap", "panel": "nats", "variant": variant, "method": method,
            "setting": final["setting"], "step": final["step"]}
-    row.update(nats.policy_nats(setup, model, method, variant))
-    for name, sampler in (("ref", setup.ref), ("own", model)):
-        accuracy, error = rank_accuracy(setup, model, sampler, name, method, variant)
+    row.update(nats.policy_nats(setup, policy, evaluation_prompts(setup), method, variant))
+    for name, sampler in (("ref", setup.ref), ("own", policy)):
+        accuracy, error = rank_accuracy(setup, policy, sampler, name, method, variant)
         row.update({f"accuracy_{name}": accuracy, f"accuracy_{name}_se": error})
     return row
 
@@ -91,46 +91,46 @@ def measure_optimum(setup, beta: float, proposals: tuple[Stage, ...]) -> dict:
 
     It is measured on the first 64 prompts, because rollouts from every prefix are slow.
     """
-    setup = setup._replace(eval_prompts=tuple(p[:64] for p in evaluation_prompts(setup)))
+    prompts = tuple(p[:64] for p in evaluation_prompts(setup))
     policies = frontier.sampling_policies(setup, proposals)
     return {"figure": "gap", "panel": "nats", "variant": "", "method": "optimum", "setting": beta,
-            "step": 0, **nats.optimum_nats(setup, policies, beta)}
+            "step": 0, **nats.optimum_nats(setup, policies, prompts, beta)}
 
 
-def policies_to_measure(policies: list[Stage]) -> list[Stage]:
-    """The finished policy of each method whose KL is nearest to 2, if any."""
-    finished = {}    # method -> its finished policies
-    for policy in policies:
-        rows = policy.value["rows"]
+def stages_to_measure(trained: list[Stage]) -> list[Stage]:
+    """Of each method the stage whose finished policy has the KL nearest to 2, if any."""
+    finished = {}    # method -> stages with a finished policy
+    for stage in trained:
+        rows = stage.value["rows"]
         if rows and rows[-1]["final"]:
-            finished.setdefault(policy.value["method"], []).append(policy)
-    return [min(group, key=lambda policy: abs(policy.value["rows"][-1]["kl"] - KL))
+            finished.setdefault(stage.value["method"], []).append(stage)
+    return [min(group, key=lambda stage: abs(stage.value["rows"][-1]["kl"] - TARGET_KL))
             for group in finished.values()]
 
 
-def study(setup, policies: list[Stage], train_variant: Callable) -> tuple[list[dict], list[dict]]:
-    """The rows of the figure, and the failed runs.
+def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict], list[dict]]:
+    """The rows of the figure, and the failed runs. `sweep` are the stages of the policies.
 
-    `policies` are those of the sweep. train_variant(setup, fields, settings) -> setup and policies
-    of a configuration with some fields changed.
+    train_variant(setup, fields, settings) -> the setup and the stages of a configuration with some
+    fields changed.
     """
     rows, failures, measurements = [], [], []
-    optimum = frontier.estimate_optimum(setup, policies)
+    optimum = frontier.estimate_optimum(setup, sweep)
     for variant, (fields, settings) in variants(setup.cfg).items():
         changed, trained = train_variant(setup, fields, settings)
         finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
-                    for policy in trained for row in policy.value["rows"] if row["final"]]
+                    for stage in trained for row in stage.value["rows"] if row["final"]]
         curve = optimum    # a wider network is another pi_ref, and has another optimum
         if changed.key != setup.key:
             curve = frontier.estimate_optimum(changed, trained)
         tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
         rows += finished
-        failed = [policy.value["failure"] for policy in trained if policy.value["failure"]]
+        failed = [stage.value["failure"] for stage in trained if stage.value["failure"]]
         failures += [{**failure, "reason": f"{variant}: {failure['reason']}"} for failure in failed]
-        measurements += [Stage(measure_policy, changed, variant, policy)
-                         for policy in policies_to_measure(trained)]
-    _, beta, _ = dpo.optimal_reward(KL, optimum)    # the slope of the frontier is its beta
-    proposals = frontier.choose_proposals(setup, policies)
+        measurements += [Stage(measure_policy, changed, variant, stage)
+                         for stage in stages_to_measure(trained)]
+    _, beta, _ = dpo.optimal_reward(TARGET_KL, optimum)    # the slope of the frontier is its beta
+    proposals = frontier.choose_proposals(setup, sweep)
     measurements.append(Stage(measure_optimum, setup, beta, proposals))
     return rows + setup.stages.get_all(measurements, report=True), failures
 

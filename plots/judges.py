@@ -20,8 +20,8 @@ from torch import Tensor
 
 import data
 from model import generate, map_batches
-from plots import (REFERENCE, STYLE, label_with_kl, load_policy, mean_and_se, plt,
-                   policy_near_kl, save)
+from plots import (REFERENCE, STYLE, checkpoint_near_kl, evaluation_prompts, label_with_kl,
+                   load_policy, mean_and_se, plt, save)
 
 JUDGES = {"true": "true reward", "annotator_1": "annotator 1", "annotator_2": "annotator 2",
           "learned": "learned reward"}
@@ -62,7 +62,7 @@ def generate_responses(setup, name: str, state: dict) -> tuple[Tensor, Tensor]:
     """
     cfg = setup.cfg
     generator = data.named_generator("judges", cfg.seed, name, device=setup.device)
-    return generate(load_policy(setup, state), setup.eval_prompts, cfg.eval_samples,
+    return generate(load_policy(setup, state), evaluation_prompts(setup), cfg.eval_samples,
                     cfg.max_tokens, setup.encoding.eot_token, generator)
 
 
@@ -72,7 +72,7 @@ def compare(setup, method: str, responses: tuple[Tensor, Tensor],
 
     Both sides are (ids, mask) of n responses to each of X prompts.
     """
-    shape = len(setup.eval_prompts[0]), -1
+    shape = setup.cfg.eval_prompts, -1
     true_rewards, learned_rewards = [], []    # (X, n) of each side
     for ids, mask in (responses, opponent_responses):
         true_rewards.append(data.true_reward(setup.encoding, ids, mask).cpu().view(shape))
@@ -91,9 +91,9 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     There is a win rate for each method and judge, and an agreement, over the comparisons of all
     methods, for each pair of judges.
     """
-    opponent = policy_near_kl(runs, "preferred_ft") or REFERENCE
+    opponent = checkpoint_near_kl(runs, "preferred_ft") or REFERENCE
     opponent_responses = generate_responses(setup, "fixed", opponent["state"])
-    candidates = [policy_near_kl(runs, "dpo"), REFERENCE, policy_near_kl(runs, "ppo")]
+    candidates = [checkpoint_near_kl(runs, "dpo"), REFERENCE, checkpoint_near_kl(runs, "ppo")]
     rows, verdicts_by_method = [], []
     for policy in [policy for policy in candidates if policy]:
         responses = generate_responses(setup, policy["method"], policy["state"])

@@ -73,10 +73,10 @@ def token_log_ratio(policy: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     return response_token_logp(policy, ids, mask) - response_token_logp(ref, ids, mask)
 
 
-def policy_nats(setup, policy: GPT, *names) -> dict:
-    """The KL by role of a policy, its length and reward, with standard errors over prompts."""
+def policy_nats(setup, policy: GPT, prompts: tuple[Tensor, Tensor], *names) -> dict:
+    """KL by role of a policy, length and reward on some prompts, with standard errors over them."""
     generator = data.named_generator("nats", setup.cfg.seed, *names, device=setup.device)
-    ids, mask = generate(policy, setup.eval_prompts, SAMPLES, setup.cfg.max_tokens,
+    ids, mask = generate(policy, prompts, SAMPLES, setup.cfg.max_tokens,
                          setup.encoding.eot_token, generator)
     kl = map_batches(partial(token_log_ratio, policy, setup.ref), ids, mask)
     by_role = sum_by_role(setup, kl, ids, mask)
@@ -94,14 +94,13 @@ def summarise(columns: dict[str, Tensor], samples: int) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------ the optimum
-def sample_optimal_policy(setup, policies: list[GPT], beta: float,
+def sample_optimal_policy(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], beta: float,
                           generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two samples of pi* at a price beta for each prompt: ids and mask (2 X, T).
 
     They are drawn by their weights in pi* from the samples of `policies`, pi_ref among them.
     """
-    ids, mask, reward, log_weight = sample_mixture(setup, policies, setup.eval_prompts, POOL,
-                                                   generator)
+    ids, mask, reward, log_weight = sample_mixture(setup, policies, prompts, POOL, generator)
     probability = torch.softmax(log_weight + reward / beta, 1)                       # (X, M * POOL)
     picked = torch.multinomial(probability, 2, replacement=True,
                                generator=data.named_generator("picked", setup.cfg.seed))
@@ -123,10 +122,11 @@ def log_value(setup, ids: Tensor, lengths: Tensor, beta: float,
     return (reward.double() / beta).logsumexp(1) - math.log(ROLLOUTS)
 
 
-def optimum_nats(setup, policies: list[GPT], beta: float) -> dict:
-    """The KL by role of the optimum at a price beta, its length and reward."""
+def optimum_nats(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], beta: float) -> dict:
+    """The KL by role of the optimum at a price beta, its length and reward, on some prompts."""
     generator = data.named_generator("nats of the optimum", setup.cfg.seed, device=setup.device)
-    ids, mask = (x.cpu() for x in sample_optimal_policy(setup, policies, beta, generator))
+    ids, mask = (x.cpu() for x in sample_optimal_policy(setup, policies, prompts, beta,
+                                                          generator))
     reward = data.true_reward(setup.encoding, ids, mask)
     begin, stop = mask.int().argmax(1), last_response_token(mask) + 1
     log_ratio = torch.zeros(ids.shape, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import data
 from model import generate, map_batches
-from plots import STYLE, load_policy, mean_and_se, plt, save
+from plots import STYLE, evaluation_prompts, load_policy, mean_and_se, plt, save
 
 SAMPLES = 8            # responses to each prompt
 REF_SAMPLES = 64       # responses of pi_ref to each prompt, for the ranks
@@ -37,7 +37,7 @@ def policy_rewards(setup, state: dict, samples: int, *names) -> tuple[Tensor, Te
     """
     generator = data.named_generator("overoptimisation", setup.cfg.seed, *names,
                                      device=setup.device)
-    ids, mask = generate(load_policy(setup, state), setup.eval_prompts, samples,
+    ids, mask = generate(load_policy(setup, state), evaluation_prompts(setup), samples,
                          setup.cfg.max_tokens, setup.encoding.eot_token, generator)
     true = data.true_reward(setup.encoding, ids, mask)
     return true, map_batches(setup.learned_reward, ids, mask)

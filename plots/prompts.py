@@ -14,7 +14,7 @@ from torch import Tensor
 
 import data
 import dpo
-from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, save,
+from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, prompts_of_split, save,
                    short_label)
 from plots.frontier import optimum_from_samples, sample_mixture, sample_rewards
 from plots.winrate import policies_to_compare
@@ -27,7 +27,8 @@ GROUPS = {"seen": "prompts of the training", "unseen": "new prompts"}
 
 def seen_in_training(setup, prompts: tuple[Tensor, Tensor]) -> Tensor:
     """Which of the prompts, ids (X, P) and lengths (X,), are training prompts, token for token."""
-    train = {tuple(row[:n]) for row, n in zip(*(p.tolist() for p in setup.train_prompts))}
+    train_prompts = prompts_of_split(setup, "train", setup.cfg.prompts)
+    train = {tuple(row[:n]) for row, n in zip(*(p.tolist() for p in train_prompts))}
     return torch.tensor([tuple(row[:n]) in train for row, n in zip(*(p.tolist() for p in prompts))])
 
 

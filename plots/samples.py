@@ -6,7 +6,7 @@ import re
 
 import data
 from model import generate
-from plots import REFERENCE, load_policy, policy_near_kl, styles_of
+from plots import REFERENCE, checkpoint_near_kl, evaluation_prompts, load_policy, styles_of
 
 PROMPTS = 4
 METHODS = "dpo", "ppo", "ppo_gt", "preferred_ft", "unlikelihood"
@@ -23,14 +23,14 @@ HEADER = [    # lines of Markdown
 # ---------------------------------------------------------------------------------------- measuring
 def policies_to_show(runs: list[dict]) -> list[dict]:
     """pi_ref, then the policy of each method whose KL is nearest to 2 nats."""
-    nearest = [policy_near_kl(runs, method) for method in METHODS]
+    nearest = [checkpoint_near_kl(runs, method) for method in METHODS]
     return [REFERENCE, *(policy for policy in nearest if policy)]
 
 
 def measure(setup, runs: list[dict]) -> list[dict]:
     """One response of each policy to each of the first evaluation prompts; none is selected."""
     encoding = setup.encoding
-    ids, lengths = (p[:PROMPTS] for p in setup.eval_prompts)
+    ids, lengths = (p[:PROMPTS] for p in evaluation_prompts(setup))
     prompts = [encoding.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     rows = []
     for policy in policies_to_show(runs):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import data
 import dpo
-from plots import BEST_OF_N, MIN_ESS, styles_of
+from plots import BEST_OF_N, MIN_ESS, reliable_kl, styles_of
 
 
 def optimum_of(optimum: dict, seed: int) -> dict:
@@ -28,12 +28,6 @@ def add_shares(rows: list[dict], optimum: dict) -> None:
             optimal, share, share_se = dpo.share_of_optimal_gain(
                 row["reward"], row["reward_se"], row["kl"], row["kl_se"], curve)
             row.update(optimal_reward=optimal, share=share, share_se=share_se)
-
-
-def reliable_kl(optimum: dict) -> float:
-    """The KL, nats, up to which the optimum rests on enough effective samples."""
-    reliable = [kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= MIN_ESS]
-    return max(reliable, default=0.)
 
 
 def above_optimum(rows: list[dict], optimum: dict) -> list[dict]:
@@ -75,7 +69,7 @@ def share_cells(row: dict) -> str:
 def print_row(row: dict, steps: int) -> None:
     """Print a row of results, and how many seconds of training are left."""
     names = ("method", "setting", "seed", "step", "final", "seconds")
-    numbers = {name: x for name, x in row.items() if name not in names and name[-3:] != "_se"}
+    numbers = {name: x for name, x in row.items() if name not in names and not name.endswith("_se")}
     left = row["seconds"] / row["step"] * (steps - row["step"])
     print("{method} {setting:g} seed {seed}, step {step}".format(**row),
           f"of {steps}, {row['seconds']:.0f} s, about {left:.0f} s left:",

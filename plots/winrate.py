@@ -15,8 +15,8 @@ from torch import Tensor
 
 import data
 from model import GPT, generate, map_batches
-from plots import (REFERENCE, STYLE, label_with_kl, load_policy, mean_and_se, plt,
-                   policy_near_kl, save)
+from plots import (REFERENCE, STYLE, checkpoint_near_kl, label_with_kl, load_policy, mean_and_se,
+                   plt, save)
 from plots.best_of_n import kl_bound
 
 METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # compared with pi_ref and with Best-of-N
@@ -53,8 +53,8 @@ def review_prompts(setup, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tens
 
 
 def policies_to_compare(runs: list[dict]) -> list[dict]:
-    """pi_ref, and of each method the policy that is nearest to KL 2 (`policy_near_kl`)."""
-    policies = [policy_near_kl(runs, method) for method in METHODS]
+    """pi_ref, and of each method the policy that is nearest to KL 2 (`checkpoint_near_kl`)."""
+    policies = [checkpoint_near_kl(runs, method) for method in METHODS]
     return [REFERENCE, *(policy for policy in policies if policy)]
 
 
@@ -119,7 +119,7 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     for temperature in TEMPERATURES:
         reward = best_rewards(setup, prompts, temperature)
         rows.append(win_rate_row(best_of_n, "temperature", temperature, reward, review_reward))
-    shown = policy_near_kl(runs, "dpo")
+    shown = checkpoint_near_kl(runs, "dpo")
     for run in runs:
         if not shown or (run["method"], run["setting"]) != ("dpo", shown["setting"]):
             continue

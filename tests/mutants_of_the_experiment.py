@@ -242,10 +242,10 @@ def error_over_responses(original, x):
 
 
 @plant("all evaluations of a run have the same random numbers",
-       "train.evaluation_row",
+       "train.evaluate",
        "a_run_is_evaluated_at_equal_intervals_and_at_its_end")
-def evaluations_with_equal_random_numbers(original, setup, policy, run, step, *arguments):
-    return {**original(setup, policy, run, 0, *arguments), "step": step}
+def evaluations_with_equal_random_numbers(original, setup, policy, samples, *names):
+    return original(setup, policy, samples, *names[:-1])
 
 
 @plant("the gain is measured from a reward of 0 instead of pi_ref's",

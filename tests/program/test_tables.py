@@ -94,7 +94,7 @@ def test_neighbours_may_differ_by_a_factor_of_four():
 def test_an_optimum_from_too_few_samples_is_reliable_nowhere():
     """The reliable part ends at KL 0, and no row can be called impossible."""
     poor = {**OPTIMUM, "ess": [49., 3.]}
-    assert tables.reliable_kl(poor) == 0.
+    assert plots.reliable_kl(poor) == 0.
     row = row_of(kl=.5, reward=9.)
     assert tables.above_optimum([row], {**OPTIMUM, "seeds": {"0": poor}}) == []
     assert tables.above_optimum([row], {**poor, "seeds": {"0": OPTIMUM}}) == [row], \
@@ -153,19 +153,19 @@ def test_the_policy_that_a_figure_shows_is_nearest_in_kl_finished_or_on_the_way(
             run_of("dpo", 1., 2.9, 5., setting=.5), run_of("dpo", 3.2, setting=.1, failure="NaN")]
     for kl, step, setting, nearest in ((2., 2, .7, 1.9), (3., 2, .5, 2.9), (9., 3, .5, 5.),
                                        (3.3, 1, .1, 3.2), (0., 2, 1., .5), (2.4, 3, .7, 4.1)):
-        policy = plots.policy_near_kl(runs, "dpo", kl)
+        policy = plots.checkpoint_near_kl(runs, "dpo", kl)
         assert policy == {"method": "dpo", "setting": setting, "step": step, "kl": nearest,
                           "state": f"dpo {setting:g} at KL {nearest:g}"}, \
             f"{nearest} nats are nearest to {kl}, not those of {policy}"
-    assert plots.policy_near_kl(runs, "dpo") == plots.policy_near_kl(runs, "dpo", 2.)
-    assert plots.policy_near_kl(runs, "unlikelihood") is None
+    assert plots.checkpoint_near_kl(runs, "dpo") == plots.checkpoint_near_kl(runs, "dpo", 2.)
+    assert plots.checkpoint_near_kl(runs, "unlikelihood") is None
     failed = [run_of("dpo", .4, 3.2, failure="NaN")]
-    assert plots.policy_near_kl(failed, "dpo")["kl"] == 3.2, "a failed run has no finished policy"
+    assert plots.checkpoint_near_kl(failed, "dpo")["kl"] == 3.2, "a failed run has no finished policy"
 
 
 def test_a_finished_policy_within_a_tenth_is_preferred_to_one_on_the_way():
     """A policy on the way is less trained. It is shown only if no finished one is near."""
     runs = [run_of("dpo", 2.0, 2.15)]
-    assert plots.policy_near_kl(runs, "dpo", 2.)["kl"] == 2.15
+    assert plots.checkpoint_near_kl(runs, "dpo", 2.)["kl"] == 2.15
     runs = [run_of("dpo", 2.0, 2.25)]
-    assert plots.policy_near_kl(runs, "dpo", 2.)["kl"] == 2.0
+    assert plots.checkpoint_near_kl(runs, "dpo", 2.)["kl"] == 2.0

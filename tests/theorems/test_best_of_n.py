@@ -178,10 +178,11 @@ def new_setup(monkeypatch):
         cfg = types.SimpleNamespace(seed=seed, split="test", max_tokens=world.MAX_TOKENS)
         return types.SimpleNamespace(
             cfg=cfg, device="cpu", encoding=types.SimpleNamespace(eot_token=world.END),
-            corpus={"test": ["", "", "."]}, ref=world.gpt(seed=1), eval_prompts=world.prompts(),
+            corpus={"test": ["", "", "."]}, ref=world.gpt(seed=1),
             learned_reward=learned_reward)
 
     monkeypatch.setattr(data, "true_reward", true_reward)
+    monkeypatch.setattr(best_of_n, "evaluation_prompts", lambda setup: world.prompts())
     return setup
 
 

@@ -201,7 +201,7 @@ def test_the_reward_model_follows_the_trace_of_equation_2():
     agree(torch.tensor([fitted["mean"], fitted["std"]]).double(),
           torch.tensor([fmean(r), stdev(r)]).double(),
           "mean and deviation must be those of all held-out rewards, after the best epoch")
-    agree(flat(fitted["model"]), flat(parameters),
+    agree(flat(fitted["state_dict"]), flat(parameters),
           "the reward model left the trace of its recipe: a sum for a mean, another learning rate, "
           "weight decay, gradients of an earlier batch, or another epoch than the first best?",
           tolerance=1e-9)
@@ -238,7 +238,7 @@ def test_the_reward_model_ends_at_reward_over_tau_up_to_a_constant_of_the_prompt
     ref = world.gpt(seed=2)
     fitted = ppo.train_reward_model(ref, pairs, pairs, [[torch.arange(3)] * 250], 1e-2, "cpu")
     scalar = ppo.ScalarModel(ref)
-    scalar.load_state_dict(fitted["model"])
+    scalar.load_state_dict(fitted["state_dict"])
     learned = ppo.predict_reward(scalar, pairs.ids, pairs.mask).view(3, 4)
     agree(learned - learned.mean(1, keepdim=True), (r - r.mean(1, keepdim=True)) / tau,
           "the reward model must end at r / tau + f(x): are winner and loser swapped, or has Eq. 2 "

@@ -54,12 +54,15 @@ def call(function, setup, *arguments):
         return function(setup, *arguments)
 
 
-def new_setup(copies=1):
-    """The fields of a Setup that the figure reads, with `copies` of each prompt in a row."""
+def new_setup():
+    """The fields of a Setup that the figure reads."""
     cfg = SimpleNamespace(seed=0, max_tokens=world.MAX_TOKENS)
-    prompts = tuple(x.repeat_interleave(copies, 0) for x in world.prompts())
-    return SimpleNamespace(cfg=cfg, device="cpu", encoding=Tokenizer(), ref=world.gpt(seed=1),
-                           eval_prompts=prompts)
+    return SimpleNamespace(cfg=cfg, device="cpu", encoding=Tokenizer(), ref=world.gpt(seed=1))
+
+
+def copies_of_prompts(copies):
+    """The prompts of the world, each `copies` times in a row."""
+    return tuple(x.repeat_interleave(copies, 0) for x in world.prompts())
 
 
 # --------------------------------------------------------------------------------- roles of tokens
@@ -144,7 +147,7 @@ def test_the_nats_of_a_policy_are_those_of_all_its_responses():
     """
     setup, policy, samples = new_setup(), world.gpt(seed=5), 400
     with mock.patch.object(nats, "SAMPLES", samples):
-        row = call(nats.policy_nats, setup, policy, "name")
+        row = call(nats.policy_nats, setup, policy, world.prompts(), "name")
     ids, mask = world.listed()
     kl = nats.token_log_ratio(policy, setup.ref, ids, mask).detach()
     columns = {"kl": kl.sum(1), "reward": listed_reward().flatten(), "length": mask.sum(1).double(),
@@ -209,7 +212,7 @@ def test_the_log_ratio_of_the_optimum_is_that_of_its_values():
                              - log_mass(ref, prefix) + log_mass(ref, prefix[:-1]))
     with (mock.patch.object(nats, "log_value", exact_log_value),
           mock.patch.object(nats, "sample_optimal_policy", lambda *_: (ids, mask))):
-        row = call(nats.optimum_nats, setup, [setup.ref], BETA)
+        row = call(nats.optimum_nats, setup, [setup.ref], world.prompts(), BETA)
     by_role = sum_by_role(log_ratio, ids, mask).mean(0)
     world.agree(torch.tensor([row[role] for role in nats.ROLES], dtype=torch.float64), by_role,
                 "the log-ratio of the optimum by role", 1e-6)
@@ -234,7 +237,7 @@ def test_estimated_log_ratios_sum_to_the_reward_over_beta_minus_the_estimate_of_
 
     with (mock.patch.object(nats, "log_value", recorded),
           mock.patch.object(nats, "sample_optimal_policy", lambda *_: (ids, mask))):
-        row = call(nats.optimum_nats, setup, [setup.ref], BETA)
+        row = call(nats.optimum_nats, setup, [setup.ref], world.prompts(), BETA)
     expected = (reward_of_tokens(ids, mask).double() / BETA - log_values[0]).mean().item()
     assert abs(row["kl"] - expected) < 1e-9, \
         f"the log-ratios sum to {row['kl']:.6f}, not to r / beta - log Z_hat = {expected:.6f}"
@@ -268,10 +271,10 @@ def test_samples_of_the_optimum_are_distributed_as_equation_4():
     Over 100 copies of each prompt their mean reward is E_pi*[r], within 4 standard errors.
     """
     copies = 100
-    setup = new_setup(copies)
+    setup = new_setup()
     with mock.patch.object(nats, "POOL", 48):
-        ids, mask = call(nats.sample_optimal_policy, setup, [setup.ref, world.gpt(seed=5)], BETA,
-                         world.generator(6))
+        ids, mask = call(nats.sample_optimal_policy, setup, [setup.ref, world.gpt(seed=5)],
+                         copies_of_prompts(copies), BETA, world.generator(6))
     index = listed_index(ids, mask).view(world.X, 2 * copies)
     assert torch.equal(index // world.N, torch.arange(world.X)[:, None].expand_as(index)), \
         "a sample of pi* answers another prompt"

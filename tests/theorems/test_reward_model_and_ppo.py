@@ -124,7 +124,7 @@ def test_the_reward_model_learns_the_preferences_and_keeps_its_best_epoch():
     ref = world.gpt(seed=1).float()
     fitted = ppo.train_reward_model(ref, pairs, held_out, epochs, lr=5e-3, device="cpu")
     reward_model = ppo.ScalarModel(ref)
-    reward_model.load_state_dict(fitted["model"])
+    reward_model.load_state_dict(fitted["state_dict"])
     r = ppo.predict_reward(reward_model, held_out.ids, held_out.mask)
     accuracy = (r[held_out.winner] > r[held_out.loser]).double().mean().item()
     assert abs(fitted["accuracy"] - accuracy) < 1e-6 and accuracy > .75, \
