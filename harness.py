@@ -59,10 +59,10 @@ class UserError(Exception):
     """Something that the user can fix; the message names the cause and the fix."""
 
 
-def run_program(main: Callable[[], int], may_speak: Callable[[], bool] = lambda: True) -> int:
+def run_program(main: Callable[[], int], may_print: Callable[[], bool] = lambda: True) -> int:
     """The exit code of main(), or 2 and one line on stderr for an error that the user can fix.
 
-    Of several workers that meet the same error, only one may print it (`may_speak`).
+    Of several workers that meet the same error, only one may print it (`may_print`).
     """
     try:
         return main()
@@ -76,7 +76,7 @@ def run_program(main: Callable[[], int], may_speak: Callable[[], bool] = lambda:
             raise
         message = ("out of memory; use fewer --workers, or a smaller --width, --batch-prompts or "
                    "--optimum-samples")
-    if may_speak():
+    if may_print():
         print("train.py: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
 
@@ -168,8 +168,8 @@ def total_memory() -> float:
 # and of everything in this project that this code names, directly or not; the fields of the
 # configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
 # reading the code, so that nobody has to list it. Comments are no part of the code, docstrings are.
-# Device, number of workers and versions of packages are not in the hash. Nor is what NOT_HASHED
-# names: every stage names these two, so an edit of them would recompute all.
+# Device, number of workers and versions of packages are not in the hash. The definitions in
+# NOT_HASHED are left out too: every stage uses them, so an edit of them would recompute all.
 ROOT = pathlib.Path(__file__).resolve().parent
 NOT_HASHED = [(pathlib.Path(__file__).resolve(), name) for name in ("Stage", "cached")]
 
@@ -313,11 +313,6 @@ class Stage:
         """The value, loaded from its file or computed."""
         return self.setup.stages.get(self)
 
-    def compute(self):
-        """The value, computed from a configuration without the fields that are not in the hash."""
-        restricted = self.setup._replace(cfg=SimpleNamespace(**self.fields))
-        return self.function(restricted, *self.arguments)
-
 
 def describe(argument) -> str:
     """The text that stands in a stage's hash for an argument that is not a plain value."""
@@ -351,15 +346,15 @@ def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     """write(file), then rename the file to `path`: it appears whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        write(partial)
+        write(temporary)
     except (OSError, RuntimeError) as error:                       # both for a full disk
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot write {path} ({reason}): is the disk full? make room, or choose "
                         "another --out") from None
-    os.replace(partial, path)
+    os.replace(temporary, path)
 
 
 def do_nothing(row: dict) -> None:
@@ -377,13 +372,13 @@ class Stages:
 
     def explain(self, stage: Stage) -> None:
         """Print, once, why a stage is computed although the folder has a file of its name."""
-        candidates = []
+        differences = []    # for each earlier file, the inputs that differ
         for file in self.folder.glob(f"{stage.name}.*.pt"):
             stored, _ = load_stage(file)
             earlier = stored.get("inputs", {}) if stored else {}
-            candidates.append([place for place in {**earlier, **stage.inputs}
-                               if earlier.get(place) != stage.inputs.get(place)])
-        changed = min(candidates, key=len, default=[])
+            differences.append([place for place in {**earlier, **stage.inputs}
+                                if earlier.get(place) != stage.inputs.get(place)])
+        changed = min(differences, key=len, default=[])            # those of the nearest file
         explanation = f"{stage.function.__name__} is computed again: {', '.join(changed)} changed"
         if changed and explanation not in self.explained:
             self.explained.add(explanation)
@@ -393,7 +388,10 @@ class Stages:
         """Compute a stage and save it; the file appears whole or not at all."""
         self.explain(stage)
         start = time.perf_counter()
-        stored = {"file": stage.path.name, "inputs": stage.inputs, "value": stage.compute(),
+        # a field that the hash lacks is not there: reading it would be an error
+        restricted = stage.setup._replace(cfg=SimpleNamespace(**stage.fields))
+        value = stage.function(restricted, *stage.arguments)
+        stored = {"file": stage.path.name, "inputs": stage.inputs, "value": value,
                   "seconds": time.perf_counter() - start}
         write_whole(stage.path, lambda file: torch.save(stored, file))
         return stored
@@ -465,14 +463,14 @@ def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> None:
 # -------------------------------------------------------------------------------------- 4. workers
 # glibc returns freed memory to the system and faults it in again, a third of the time of a small
 # model's step, unless told otherwise. Other systems ignore these variables.
-ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25),
-               "OMP_NUM_THREADS": "1"}
+WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**32),
+                      "MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "1"}
 
 
 def choose_device(name: str | None) -> str:
     """The device of this name, or the best one. Raises UserError if the machine lacks it."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    available.append("cpu")
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    available = [kind for kind, backend in backends.items() if backend.is_available()]
     device = available[0] if name is None else name
     try:
         assert device.split(":")[0] in available
@@ -528,7 +526,7 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
     if "RANK" in os.environ:
         rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return run_worker(rank, workers, None, function, device, arguments)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(WORKER_ENVIRONMENT)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         worker_arguments = workers, folder, function, device, arguments
@@ -732,8 +730,10 @@ class UserPairs:
 
 
 def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
-    """-> {group: {completion: (prompt ids, response ids)}}, and (group, chosen, rejected) of each
-    pair. Raises UserError that names the line.
+    """The completions of each group of pairs, and the pairs as completions.
+
+    -> {group: {completion: (prompt ids, response ids)}}, and a list of (group, chosen, rejected).
+    Raises UserError that names the line.
     """
     groups, comparisons = {}, []
     for number, pair in enumerate(pairs, 1):
@@ -768,7 +768,7 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> Use
         for completion in sorted(completions):
             row_of[group, completion] = len(texts)
             texts.append(completions[completion])
-        texts += texts[-1:] * (-len(texts) % k)
+        texts += texts[-1:] * (-len(texts) % k)                    # until the group has k rows
     ids, stop = data.pad([prompt + ids for prompt, ids in texts], encoding.eot_token, context)
     columns = torch.arange(ids.shape[1])
     start = torch.tensor([len(prompt) for prompt, _ in texts])

@@ -18,8 +18,8 @@ Ziegler et al. 2019):
   (f) A critic of its own, not a head on the policy, so their gradients do not compete. It is fitted
       to the scores of pi_ref's samples before PPO begins; then only its last layer learns.
                                                                              -> `pretrain_critic`
-  (g) Adam with eps 1e-5; learning rate warmed up, then annealed to 0; no dropout; sampling and
-      scoring at temperature 1.
+  (g) Adam with epsilon 1e-4 (others: 1e-5; see `train_on_pairs` in train.py); learning rate warmed
+      up, then annealed to 0; no dropout; sampling and scoring at temperature 1.
 Left out: an entropy bonus (the KL penalty already contains one), a penalty for a missing end token
 and reward clipping (either would change the true reward), gradient clipping and early stopping on
 KL (neither was needed).
@@ -267,15 +267,15 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
 
     score(ids, mask) -> (B,) is the normalised reward of a text: learned (PPO) or true (PPO-GT).
     prompts: ids (N, P) and lengths (N,). `critic_state` comes from `pretrain_critic`; without it
-    the critic starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, completions and
-    max_tokens.
+    the critic starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, adam_epsilon,
+    completions and max_tokens.
     """
     critic = ScalarModel(ref)
     if critic_state:
         critic.load_state_dict(critic_state)
     # Of the critic only the last layer learns: its states are computed once for each rollout.
     parameters = [*policy.parameters(), *critic.head.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, eps=cfg.adam_epsilon, fused=True)
     scheduler = lr_schedule(optimizer, cfg.ppo_steps)
     # The optimal price of a nat (`dpo.optimal_reward`) falls with KL: a larger target starts lower.
     kl_coef = cfg.ppo_init_kl_coef / target

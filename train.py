@@ -56,6 +56,8 @@ class Config:
     sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
     sft_batch: int = option(64, "reviews a step of SFT", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
+    adam_epsilon: float = option(1e-4, "Adam's epsilon after SFT, for policies on pairs and PPO "
+                                 "(usually 1e-8)", 1e-12, 1)
     # preferences (Section 6)
     prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
     completions: int = option(4, "completions a prompt, and PPO's episodes a prompt", 2, 64)
@@ -98,7 +100,7 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(1., 2., 3., 8.), alphas=(.05, .1, .5, 1.),
+    "paper": dict(prompts=25_000, betas=(.9, 1.5, 3., 7.), alphas=(.05, .1, .5, 1.),
                   kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
                   optimum_samples=512),
     "tiny": dict(reviews=1_500, vocab_size=512, layers=1, heads=1, width=32, sft_epochs=3,
@@ -356,7 +358,11 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
     prompt_count = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
     parts = torch.arange(prompt_count).tensor_split(cfg.rounds)
     steps = cfg.epochs * sum(math.ceil(len(part) / cfg.batch_prompts) for part in parts)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0., fused=True)
+    # Most tokens of the vocabulary are pieces of words, which hardly occur. Their gradient is 1,000
+    # times smaller than that of words, but Adam with its usual epsilon takes steps of equal size:
+    # their probabilities drift where pi_ref is sure of another token (plots/README.md).
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=cfg.adam_epsilon,
+                                  weight_decay=0., fused=True)
     scheduler = lr_schedule(optimizer, steps)
 
     def run_round(number: int) -> Iterator[dict[str, float]]:

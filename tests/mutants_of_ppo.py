@@ -254,7 +254,7 @@ def policy_loss_summed(original, *arguments):
         return original(*arguments)
 
 
-@plant("Adam has its default eps in PPO, 1e-8",
+@plant("Adam has its default epsilon in PPO, 1e-8",
        "ppo.train_ppo",
        "ppo_follows_the_trace_of_its_recipe")
 def default_eps(original, *arguments):

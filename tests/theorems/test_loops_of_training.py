@@ -25,7 +25,7 @@ TEXTS = [[0, 3, 1, 1, END], [2, 2, END], [1, 0, 2, 3, 0, END], [3, END], [0, 1, 
 
 
 # --------------------------------------------------------------------------------------- the recipe
-def descend(policy, losses, rates, betas, max_norm=math.inf):
+def descend(policy, losses, rates, betas, max_norm=math.inf, eps=1e-8):
     """AdamW (Kingma and Ba, Algorithm 1) without weight decay, one step for each loss and rate.
 
     The global norm of the gradient is clipped at `max_norm`. `losses` are functions without
@@ -46,7 +46,7 @@ def descend(policy, losses, rates, betas, max_norm=math.inf):
             v[i] = betas[1] * v[i] + (1 - betas[1]) * g ** 2
             mean = m[i] / (1 - betas[0] ** t)
             variance = v[i] / (1 - betas[1] ** t)
-            p.data -= rate * mean / (variance.sqrt() + 1e-8)
+            p.data -= rate * mean / (variance.sqrt() + eps)
         values.append(value.item())
         norms.append(norm)
     return values, norms
@@ -220,15 +220,16 @@ def agree_in_statistics(reported, expected):
 def test_every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs():
     """Two epochs of DPO are those of the recipe: a loop over prompts, completions and pairs.
 
-    AdamW has betas .9 and .999 and no weight decay, and nothing is clipped. The learning rate is
-    at its peak in the first of 4 steps, then falls. A step reports means over its pairs, before it
-    changes the policy; a tie is not ranked right. The tokens are those of all completions.
+    AdamW has betas .9 and .999, the epsilon of the configuration and no weight decay, and nothing
+    is clipped. The learning rate is at its peak in the first of 4 steps, then falls. A step reports
+    means over its pairs, before it changes the policy; a tie is not ranked right. The tokens are
+    those of all completions.
     """
     beta, lr, ref = .7, .02, world.gpt(seed=4)
     policy = world.gpt(seed=5)
     expected = copy.deepcopy(policy)
     pairs = listed_preferences(ref)
-    setup = fake_setup(ref, preferences=pairs, epochs=2, batch_prompts=3, lr=lr)
+    setup = fake_setup(ref, preferences=pairs, epochs=2, batch_prompts=3, lr=lr, adam_epsilon=.01)
     steps, progress = train.train_on_pairs(setup, policy, train.Run("dpo", beta), dpo.dpo_loss)
     reported = list(progress)
 
@@ -239,7 +240,8 @@ def test_every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs():
     statistics = []
     losses = [partial(equation_7, expected, pairs, pairs.ref_logp, beta, batch.tolist(), statistics)
               for batch in batches]
-    descend(expected, losses, [lr, lr * 15 / 18, lr * 10 / 18, lr * 5 / 18], betas=(.9, .999))
+    descend(expected, losses, [lr, lr * 15 / 18, lr * 10 / 18, lr * 5 / 18], betas=(.9, .999),
+            eps=.01)
     assert steps == 4, f"2 epochs over 4 prompts with pairs are 4 steps of 3 prompts, not {steps}"
     agree_in_statistics(reported, statistics)
     agree_in_parameters(
