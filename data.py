@@ -167,12 +167,12 @@ def write_review(rng: random.Random, domain: str = "film") -> str:
     for aspect in rng.sample(ASPECTS[domain], rng.choice([3, 4])):
         positive = rng.random() < mood
         if previous is None:
-            joint = ": the "
+            connective = ": the "
         elif rng.random() < .5:
-            joint = ". The "
+            connective = ". The "
         else:
-            joint = ", and the " if positive == previous else ", but the "
-        text += joint + write_opinion(domain, aspect, positive, rng)
+            connective = ", and the " if positive == previous else ", but the "
+        text += connective + write_opinion(domain, aspect, positive, rng)
         previous = positive
     return text + "."
 
@@ -267,9 +267,9 @@ def label_pairs(reward: Tensor, mode: str, tau: float,
     """Label all pairs of the K completions of each prompt: reward (N, K) -> winner, loser.
 
     `deterministic` (the paper): the higher reward wins; exact ties are dropped. `bt` (the theory):
-    y_1 wins with the probability of Eq. 1 at rewards r / tau, so a tie is a coin flip. Winner (M,)
-    and loser (M,) index the N * K completions, prompt by prompt. A prompt has K(K-1)/2 pairs, less
-    its dropped ties; they are consecutive.
+    y_1 wins with the probability of Eq. 1 at rewards r / tau, so a tie is a coin flip. Winner and
+    loser (M,), for M pairs, index the N * K completions, prompt by prompt. A prompt has K(K-1)/2
+    pairs, less its dropped ties; they are consecutive.
     """
     n, k = reward.shape
     i, j = torch.triu_indices(k, k, 1)                                 # (K(K-1)/2,) each

@@ -143,8 +143,8 @@ def constant_weight_loss(pair: Pair, beta: float) -> Tensor:
     """-beta/2 [log pi(y_w|x) - log pi(y_l|x)]                                Section 4 -> (B,)
 
     Eq. 7 with the weight of its gradient, sigma(rhat_l - rhat_w), fixed at its initial value 1/2.
-    Up to a factor, which Adam does not see, this is `unlikelihood_loss` at alpha 1: comparing it
-    with DPO shows what the weight is for.
+    Up to a factor, which Adam sees only through its epsilon, this is `unlikelihood_loss` at alpha
+    1: comparing it with DPO shows what the weight is for.
     """
     return -beta / 2 * (pair.logp_w - pair.logp_l)
 

@@ -259,7 +259,7 @@ def digest(text: str) -> str:
 class Stage:
     """A deferred call function(setup, *arguments), whose value is kept in a file.
 
-    `setup` has `cfg`, `user_pairs`, and `key`, which stands for all else that the setup holds.
+    `setup` has `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for all else in it.
     Arguments are plain values, top-level functions, other stages, and objects with a `source`.
     """
     def __init__(self, function: Callable, setup, *arguments):
@@ -621,8 +621,9 @@ def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, UserLoss
 
 
 # ----------------------------------------------------------------------- 6. a user's preferences
-PATTERNS = " ".join(review.pattern for review in data.REVIEW.values())
-KNOWN_WORDS = set(re.findall(r"\w+", PATTERNS))
+# the regular expressions of reviews spell out every word of the grammar
+REVIEW_PATTERNS = " ".join(review.pattern for review in data.REVIEW.values())
+KNOWN_WORDS = set(re.findall(r"\w+", REVIEW_PATTERNS))
 
 
 def is_known(text: str) -> bool:
@@ -703,7 +704,7 @@ def encode_preference(encoding, pair: dict, number: int) -> tuple:
     group, equal keys are one completion. A pair that was not exported is a group of its own.
     """
     end = encoding.eot_token
-    exported = {}                                                  # text -> (completion, ids)
+    exported = {}                                                  # text -> (key, ids)
     if "ids" in pair:
         rows = [-1, *pair["rows"]]                                 # the prompt has no row
         for ids, row in zip(pair["ids"], rows, strict=True):
@@ -732,8 +733,8 @@ class UserPairs:
 def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
     """The completions of each group of pairs, and the pairs as completions.
 
-    -> {group: {completion: (prompt ids, response ids)}}, and a list of (group, chosen, rejected).
-    Raises UserError that names the line.
+    -> {group: {key: (prompt ids, response ids)}}, and a list of (group, key of chosen, key of
+    rejected); the keys are those of `encode_preference`. Raises UserError that names the line.
     """
     groups, comparisons = {}, []
     for number, pair in enumerate(pairs, 1):
@@ -743,8 +744,8 @@ def group_completions(encoding, pairs: list[dict], context: int, path: str) -> t
             completions = groups.setdefault(group, {})
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise UserError(f"{place}: ids, group or rows are not as a run exports them") from None
-        for completion, ids in responses:
-            if completions.setdefault(completion, (prompt, ids)) != (prompt, ids):
+        for key, ids in responses:
+            if completions.setdefault(key, (prompt, ids)) != (prompt, ids):
                 raise UserError(f"{place}: group {group} has other texts in an earlier line: two "
                                 "exports in one file?")
             if len(prompt) + len(ids) > context:

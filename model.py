@@ -237,8 +237,8 @@ def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
 def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi of each response token, nats, 0 elsewhere: ids (B, T), bool mask (B, T) -> (B, T).
 
-    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost. The mask is
-    False at position 0, because the first token has no probability.
+    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost. The mask
+    must be False at position 0: the first token has no probability.
     """
     logits = upcast_half(response_logits(model, ids, mask))                  # (M, V)
     logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)
@@ -303,8 +303,8 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
     token included), then the end token `end` as filler. All rows are at the same position; a row
     whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
-    left. `logp_out` (B, P + max_tokens), if given, holds 0 before, and after it the log-probability
-    of each sampled token, at temperature 1.
+    left. `logp_out` (B, P + max_tokens) of zeros, if given, is filled in place with the
+    log-probability of each sampled token, at temperature 1.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens

@@ -91,11 +91,11 @@ class Config:
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
-    eval_samples: int = option(16, "responses to each prompt, for a finished policy (on the way "
-                               "a quarter)", 1, 10**4)
+    eval_samples: int = option(16, "responses to each prompt, for a finished policy (during "
+                               "training a quarter)", 1, 10**4)
     evaluations: int = option(8, "evaluations of a run, the last of its finished policy", 1, 1000)
-    optimum_samples: int = option(256, "responses of each policy of the mixture to each prompt, "
-                                  "for the optimum", 16, 10**6)
+    optimum_samples: int = option(256, "responses to each prompt from each policy that samples for "
+                                  "the optimum", 16, 10**6)
 
 
 PRESETS = {
@@ -225,7 +225,7 @@ def train_reference(setup: Setup) -> dict[str, Tensor]:
 
 def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: list[dict] = [],
             path: str = "") -> Setup:
-    """The Setup of a seed; with a user's pairs, if `pair_texts`, read from `path`, has any."""
+    """The Setup of a seed. `pair_texts` are a user's pairs; `path`, their file, is for messages."""
     cfg = dataclasses.replace(cfg, seed=seed)
     ref = new_gpt(cfg, device).requires_grad_(False)
     # not complete yet: the tokenizer and pi_ref are stages too, and need only these fields
@@ -261,14 +261,14 @@ def sample_completions(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor]
 
 @cached
 def sample_completions_part(setup: Setup, split: str, count: int, part: int) -> dict[str, Tensor]:
-    """The completions of one part of the prompts by pi_ref."""
+    """pi_ref's completions of one part of the prompts."""
     prompts = tuple(p.chunk(PARTS)[part] for p in prompts_of_split(setup, split, count))
     generator = named_generator("completions", split, setup.cfg.seed, part, device=setup.device)
     return sample_completions(setup, setup.ref, prompts, generator)
 
 
 def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Tensor]:
-    """The completions of `count` prompts by pi_ref; the workers share them."""
+    """pi_ref's completions of `count` prompts; the workers share the work."""
     parts = setup.stages.get_all([Stage(sample_completions_part, setup, split, count, index)
                                   for index in part_indices(count)])
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -329,7 +329,7 @@ def pair_step(policy: GPT, optimizer: torch.optim.Optimizer, batch: Preferences,
     margin = ((pair.logp_w - pair.ref_w) - (pair.logp_l - pair.ref_l)).detach()    # nats
     statistics = {"loss": loss, "logp_w": pair.logp_w, "logp_l": pair.logp_l, "margin": margin,
                   "accuracy": (margin > 0).float(),
-                  "weight": torch.sigmoid(-setting * margin),     # DPO's, sigma(rhat_l - rhat_w)
+                  "weight": torch.sigmoid(-setting * margin),     # of DPO, if `setting` is beta
                   "trained_tokens": mask.sum().float()}
     means = torch.stack([x.mean() for x in statistics.values()])
     return dict(zip(statistics, means.tolist()))    # one transfer from the device
@@ -443,9 +443,10 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
 
 # To add a method: (1) an entry here; (2) a field of Config with its settings; (3) a line in the
 # dict of `train_sweep`; (4) a style in plots/__init__.py; (5) if it should appear there, a line in
-# plots/cost.py, plots/winrate.py and plots/samples.py. The first function of the entry returns the
-# number of steps and an iterator; each `next` takes one step and yields a dict of floats. The
-# function must read settings as `cfg.NAME`: harness.py finds them in the code by this spelling.
+# plots/cost.py, plots/winrate.py and plots/samples.py. The first function of the entry is called as
+# train(setup, policy, run, second function), and returns the number of steps and an iterator; each
+# `next` takes one step and yields a dict of floats. The function must read settings as `cfg.NAME`:
+# harness.py finds them in the code by this spelling.
 METHODS = {    # method -> how it is trained; its loss, or the function that makes its score
     "ppo_gt": (train_with_ppo, make_true_score),
     "ppo": (train_with_ppo, make_learned_score),
@@ -556,20 +557,21 @@ def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -
 def train_sweep(setups: list[Setup]) -> list[Stage]:
     """All policies of Section 6, for every seed.
 
-    `get_all` needs each stage after those that it reads. The initial critics of PPO need the reward
-    models, so they come after PPO-GT, which keeps the other workers busy meanwhile.
+    `get_all` needs each stage after those that it reads. The initial critic of PPO needs the reward
+    model, so it comes after PPO-GT, which keeps the other workers busy meanwhile; that of PPO-GT
+    needs only the true reward.
     """
     cfg = setups[0].cfg
-    reward_models, ppo_gt, ppo_critics, remaining = [], [], [], []
+    first_stages, ppo_gt, ppo_critics, remaining = [], [], [], []
     for setup in setups:
-        reward_models += [Stage(fit_reward_model, setup),
-                          Stage(initial_critic, setup, "ppo_gt", make_true_score)]
+        first_stages += [Stage(fit_reward_model, setup),
+                         Stage(initial_critic, setup, "ppo_gt", make_true_score)]
         ppo_gt += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
         ppo_critics.append(Stage(initial_critic, setup, "ppo", make_learned_score))
         remaining += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
                                            "unlikelihood": cfg.alphas,
                                            "preferred_ft": tuple(range(cfg.preferred_runs))})
-    setups[0].stages.get_all(reward_models + ppo_gt + ppo_critics + remaining, report=True)
+    setups[0].stages.get_all(first_stages + ppo_gt + ppo_critics + remaining, report=True)
     return ppo_gt + remaining
 
 
@@ -650,7 +652,7 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         stages.on_row = partial(figures.draw_progress, out)
     setups = [prepare(cfg, seed, stages, device, pair_texts, args.pairs)
               for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-    for setup in setups:    # first, because all workers can share it
+    for setup in setups:    # first, because all workers can share this work
         reference_completions(setup, "train", cfg.prompts)
         if rank == 0 and not pair_texts:
             write_preferences(setup, overwrite=not losses)
@@ -663,6 +665,7 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
     if not losses:
         measured += figures.measure_all(setups[0], trained, make_learned_score)
     failures = [stage.value["failure"] for stage in trained if stage.value["failure"]]
+    seconds = {} if losses else {**stages.seconds}    # without those of the study
     if args.study:
         gap_rows, gap_failures = gap.study(setups[0], trained, train_variant)
         measured += gap_rows
@@ -671,7 +674,6 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         return 0
     rows = [reference_row(setup) for setup in setups]
     rows += [row for stage in trained for row in stage.value["rows"]]
-    seconds = {} if losses else stages.seconds
     return write_and_report(out, cfg, rows, failures, optimum, measured, seconds)
 
 

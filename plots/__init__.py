@@ -1,4 +1,4 @@
-"""The figures, one module each: `measure` what training did not, then `draw` from results alone.
+"""The figures, one module each: `measure` computes what training did not, `draw` needs no more.
 
 This file has what the figures share: styles, statistics, and the choice of the policies to show.
 """

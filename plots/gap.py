@@ -1,8 +1,8 @@
 """What keeps DPO from the optimum? (`train.py --study`)
 
-Left: the share of the optimal gain of DPO with one thing changed at a time: Adam has its usual
-epsilon; the network is twice as wide (with half the learning rate); the pairs come in rounds from
-the policy itself; these pairs are labelled by Eq. 1. Right: where each policy spends its nats, by
+Left: the share of the optimal gain of DPO and of three variants: Adam has its usual epsilon; the
+network is twice as wide (with half the learning rate); the pairs come in 8 rounds from the policy
+itself. Right: where each policy spends its nats, by
 the role of the token (plots/nats.py), at KL near 2.
 """
 from typing import Callable
@@ -23,7 +23,6 @@ VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of ano
     "Adam's usual epsilon": ("#8C564B", "v", "--"),
     "twice as wide": ("#E7298A", "P", "-."),
     "8 rounds": ("#7F3FBF", "^", "-"),
-    "8 rounds, labels of Eq. 1": ("#2F4F4F", "X", "-"),
 }
 NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of the optimum
     ("ppo_gt", PAPER): STYLE["ppo_gt"][1],
@@ -34,21 +33,14 @@ TARGET_KL = 2.    # nats, at which policies are compared by role
 SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ranks
 
 
-def variants(cfg, optimum: dict) -> dict[str, tuple[dict, dict]]:
-    """name -> (fields of the configuration to change, methods with the settings to train).
-
-    With labels of Eq. 1, the minimiser of Eq. 7 is the optimum at the price tau * beta. So the
-    betas whose optimum has the target KLs are known in advance.
-    """
-    settings = {"dpo": cfg.betas}
-    prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets]
-    betas = tuple(sorted({float(f"{price / cfg.tau:.2g}") for price in prices}))
+def variants(cfg) -> dict[str, tuple[dict, dict]]:
+    """name -> (fields of the configuration to change, methods with the settings to train)."""
+    settings = {"dpo": cfg.betas[1:]}
     return {
-        PAPER: (dict(rounds=1), {**settings, "ppo_gt": cfg.kl_targets}),
+        PAPER: (dict(rounds=1), {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}),
         "Adam's usual epsilon": (dict(rounds=1, adam_epsilon=1e-8), settings),
         "twice as wide": (dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings),
         "8 rounds": (dict(rounds=8), settings),
-        "8 rounds, labels of Eq. 1": (dict(rounds=8, labels="bt"), {"dpo": betas}),
     }
 
 
@@ -126,7 +118,7 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
     """
     rows, failures, measurements = [], [], []
     optimum = frontier.estimate_optimum(setup, sweep)
-    for variant, (fields, settings) in variants(setup.cfg, optimum).items():
+    for variant, (fields, settings) in variants(setup.cfg).items():
         changed, trained = train_variant(setup, fields, settings)
         finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
                     for stage in trained for row in stage.value["rows"] if row["final"]]

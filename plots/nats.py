@@ -2,8 +2,9 @@
 
 The KL is the mean over y ~ pi of a sum over tokens of log pi/pi_ref, and each token has a role in
 the grammar. The true reward depends on negation, intensifiers, adjectives, "but" and the number of
-opinions. Nats on other roles, which aspect or which verb, earn nothing; the optimum spends next to
-none there. A role that a policy avoids, such as "not", has a negative sum.
+opinions. Nats on openings, aspects and verbs earn nothing; the optimum spends next to none there.
+Nats on connectives earn in part: "but" matters, "and" does not. A role that a policy avoids, such
+as "not", has a negative sum.
 
 The optimum is not a network, so its KL by role is measured with samples. By Eq. 4, the log-ratio
 log pi*/pi_ref of a token is log V(s, token) - log V(s), where V(s), the expectation of
@@ -21,7 +22,7 @@ from model import GPT, generate, last_response_token, map_batches, response_toke
 from plots import mean_and_se
 from plots.frontier import sample_mixture
 
-ROLES = ("opening", "aspect", "verb", "negation", "intensifier", "adjective", "joint", "end")
+ROLES = ("opening", "aspect", "verb", "negation", "intensifier", "adjective", "connective", "end")
 SAMPLES = 16      # responses of a policy to each prompt
 ROLLOUTS = 64     # of pi_ref, from each prefix of a sample of the optimum
 POOL = 128        # samples of each policy, among which those of the optimum are drawn
@@ -32,14 +33,14 @@ def words_of(groups) -> set[str]:
     return {word for group in groups for phrase in group for word in phrase.split()}
 
 
-ROLE_OF = {    # word -> role; every other word or sign is a joint
+ROLE_OF = {    # word -> role; every other word or sign is a connective: and, but, the, punctuation
     **dict.fromkeys(words_of([data.OWNERS, *data.SUBJECTS.values()]), "opening"),
     **dict.fromkeys(words_of(data.ASPECTS.values()), "aspect"),
     **dict.fromkeys(data.VERBS, "verb"),
     "not": "negation",
     **dict.fromkeys(data.INTENSIFIERS, "intensifier"),
     **dict.fromkeys(words_of(data.ADJECTIVES.values()), "adjective"),
-    "The": "joint",
+    "The": "connective",    # an owner too, but it mostly begins a sentence
 }
 
 
@@ -54,7 +55,9 @@ def token_roles(encoding, ids: list[int]) -> list[int]:
     roles, position = [], 0
     for token, piece in zip(ids, pieces):
         first = position + len(piece) - len(piece.lstrip())
-        role = "end" if token == encoding.eot_token else ROLE_OF.get(word_at.get(first), "joint")
+        role = ROLE_OF.get(word_at.get(first), "connective")
+        if token == encoding.eot_token:
+            role = "end"
         roles.append(ROLES.index(role))
         position += len(piece)
     return roles
@@ -132,7 +135,7 @@ def optimum_nats(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], bet
     log_ratio = torch.zeros(ids.shape, dtype=torch.float64)
     before = log_value(setup, ids, begin, beta, generator)
     for t in range(int(begin.min()), int(stop.max())):
-        rows = ((begin <= t) & (t < stop - 1)).nonzero().squeeze(1)    # the token at t is no end
+        rows = ((begin <= t) & (t < stop - 1)).nonzero().squeeze(1)    # t is not the last token
         last = (t == stop - 1).nonzero().squeeze(1)
         after = before.clone()
         if len(rows):

@@ -160,7 +160,7 @@ def test_the_policy_that_a_figure_shows_is_nearest_in_kl_finished_or_on_the_way(
     assert plots.checkpoint_near_kl(runs, "dpo") == plots.checkpoint_near_kl(runs, "dpo", 2.)
     assert plots.checkpoint_near_kl(runs, "unlikelihood") is None
     failed = [run_of("dpo", .4, 3.2, failure="NaN")]
-    assert plots.checkpoint_near_kl(failed, "dpo")["kl"] == 3.2, "a failed run has no finished policy"
+    assert plots.checkpoint_near_kl(failed, "dpo")["kl"] == 3.2, "a failed run is not finished"
 
 
 def test_a_finished_policy_within_a_tenth_is_preferred_to_one_on_the_way():

@@ -15,8 +15,8 @@ def test_every_written_review_is_grammatical():
     All clauses parse: 3 or 4 of them, on different aspects.
     """
     for text in reviews(150, seed=1):
-        joints = (": the ", ". The ", ", and the ", ", but the ")
-        clauses = sum(text.count(joint) for joint in joints)
+        connectives = (": the ", ". The ", ", and the ", ", but the ")
+        clauses = sum(text.count(connective) for connective in connectives)
         assert data.is_grammatical(text), f"a written review must be grammatical: {text!r}"
         assert len(data.parse_opinions(text)) == clauses in (3, 4), \
             f"a written review must have 3 or 4 opinions, and all must parse: {text!r}"
@@ -46,14 +46,14 @@ def test_broken_reviews_are_not_grammatical():
 
 
 def parts_of_opinions(text):
-    """The opinions of a review -> list of (joint, is negated, intensifier or None, adjective)."""
-    joints = r"(: the |\. The |, and the |, but the )"
-    _, *pieces = re.split(joints, text.removesuffix("."))
+    """The opinions of a review -> list of (connective, is negated, intensifier, adjective)."""
+    connectives = r"(: the |\. The |, and the |, but the )"
+    _, *pieces = re.split(connectives, text.removesuffix("."))
     parts = []
-    for joint, opinion in zip(pieces[::2], pieces[1::2]):
+    for connective, opinion in zip(pieces[::2], pieces[1::2]):
         _, _, *modifiers, adjective = opinion.split(" ")
         intensifiers = [word for word in modifiers if word != "not"]
-        parts.append((joint, "not" in modifiers, (intensifiers or [None])[0], adjective))
+        parts.append((connective, "not" in modifiers, (intensifiers or [None])[0], adjective))
     return parts
 
 
@@ -83,7 +83,7 @@ def test_reviews_have_the_frequencies_of_the_grammar():
     assert_share(sum(x[1] for x in opinions), len(opinions), .2, "negated opinions")
     assert_share(sum(x[2] is not None for x in opinions), len(opinions), .4, "intensified opinions")
     assert_share(sum(x[2] == ". The " for x in pairs), len(pairs), .5, "sentences")
-    assert all(joint == ". The " or (joint == ", and the ") == (a == b) for a, b, joint in pairs), \
+    assert all(x == ". The " or (x == ", and the ") == (a == b) for a, b, x in pairs), \
         '"and" must join opinions of the same sign, and "but" opinions of different signs'
     total = sum(5 - abs(v) for v in valences.values())
     for strength in (1, 2, 3):
@@ -130,7 +130,7 @@ def test_restaurants_have_words_that_no_film_review_contains():
             assert len(own) >= 7, f"this {domain} review has few words of its own: {text!r}"
 
 
-def test_splits_are_disjoint():
+def test_splits_are_disconnective():
     """No review occurs twice, in one split or in two.
 
     The splits hold 80, 10 and 10 percent of the reviews.

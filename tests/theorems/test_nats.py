@@ -74,10 +74,10 @@ def words_of_roles():
         both["aspect"].append(data.ASPECTS[domain])
         both["adjective"].append(list(data.ADJECTIVES[domain]))
     words = {role: {word for group in groups for word in group} for role, groups in both.items()}
-    words["opening"].remove("The")                   # it also begins a sentence: a joint
+    words["opening"].remove("The")                   # it also begins a sentence: a connective
     return {**words, "verb": set(data.VERBS), "negation": {"not"},
             "intensifier": set(data.INTENSIFIERS),
-            "joint": {"The", "the", "and", "but", ".", ",", ":"}}
+            "connective": {"The", "the", "and", "but", ".", ",", ":"}}
 
 
 def test_every_word_of_the_grammar_has_one_role():
@@ -105,8 +105,8 @@ def test_every_token_of_a_review_has_the_role_of_its_word():
         expected, ids = [], []
         for piece in re.findall(r" ?\w+|[.,:]", text):
             role = role_of[piece.strip()] if ids else "opening"
-            if piece == "The" and not ids:           # an opening of "The" counts as a joint
-                role = "joint"
+            if piece == "The" and not ids:           # an opening of "The" counts as a connective
+                role = "connective"
             tokens = tokenizer.encode(piece)
             ids += tokens
             expected += [role] * len(tokens)
