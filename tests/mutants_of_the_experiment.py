@@ -5,6 +5,7 @@
 import importlib
 import math
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import data
@@ -214,6 +215,14 @@ def schedule_of_one_round(original, setup, *arguments):
 def steps_of_one_epoch(original, setup, *arguments):
     steps, progress = original(setup, *arguments)
     return steps // setup.cfg.epochs, progress
+
+
+@plant("Adam has its default epsilon on pairs, 1e-8",
+       "train.train_on_pairs",
+       "every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs")
+def default_epsilon_on_pairs(original, setup, *arguments):
+    cfg = SimpleNamespace(**{**vars(setup.cfg), "adam_epsilon": 1e-8})
+    return original(setup._replace(cfg=cfg), *arguments)
 
 
 # -------------------------------------------------------------------------------- the evaluation
