@@ -92,12 +92,12 @@ def table_of_policies(rows: list[dict]) -> str:
 
 
 def shares_at(rows: list[dict], method: str, kl: float,
-              most: float = 4.) -> list[tuple[float, float]]:
+              max_ratio: float = 4.) -> list[tuple[float, float]]:
     """The share of the optimal gain and its standard error at a KL, one for each seed.
 
     Interpolates linearly in KL between the nearest finished policy below and the nearest above, if
-    their KLs differ at most `most`-fold. A policy within a tenth of `kl` may serve as both. A seed
-    without such policies is left out.
+    the ratio of their KLs is at most `max_ratio`. A policy within a tenth of `kl` may serve as
+    both. A seed without such policies is left out.
     """
     finished = [row for row in rows
                 if row["final"] and row["method"] == method and row["share"] is not None]
@@ -106,7 +106,7 @@ def shares_at(rows: list[dict], method: str, kl: float,
         curve = sorted((row for row in finished if row["seed"] == seed), key=lambda row: row["kl"])
         below = [row for row in curve if row["kl"] <= kl * 1.1][-1:]
         above = [row for row in curve if row["kl"] >= kl / 1.1][:1]
-        if below and above and above[0]["kl"] <= most * below[0]["kl"]:
+        if below and above and above[0]["kl"] <= max_ratio * below[0]["kl"]:
             ends = sorted(below + above, key=lambda row: row["kl"])
             kls = [row["kl"] for row in ends]
             share, share_se = (float(numpy.interp(kl, kls, [row[name] for row in ends]))
@@ -115,11 +115,11 @@ def shares_at(rows: list[dict], method: str, kl: float,
     return found
 
 
-def mean_share(found: list[tuple[float, float]]) -> str:
+def mean_share(shares_of_seeds: list[tuple[float, float]]) -> str:
     """The mean over seeds with its standard error; the error over prompts if there is one seed."""
-    if not found:
+    if not shares_of_seeds:
         return "-"
-    shares, errors = zip(*found)
+    shares, errors = zip(*shares_of_seeds)
     error = errors[0]
     if len(shares) > 1:
         error = statistics.stdev(shares) / len(shares) ** .5

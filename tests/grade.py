@@ -92,7 +92,7 @@ def leaderboard(rows: list[dict], kl: float) -> list[dict]:
     if not rows:
         return []
     from plots import tables
-    shares = [share for share, _ in tables.shares_at(rows, "my_loss", kl, most=math.inf)]
+    shares = [share for share, _ in tables.shares_at(rows, "my_loss", kl, max_ratio=math.inf)]
     value = round(100 * shares[0], 1) if shares else "-"
     return [{"name": f"share of the optimal gain at KL {kl:g}, %", "value": value}]
 
