@@ -133,7 +133,7 @@ def plackett_luce_loss(logp: Tensor, ref: Tensor, beta: float) -> Tensor:
 def unlikelihood_loss(pair: Pair, alpha: float) -> Tensor:
     """-[log pi(y_w|x) - alpha log pi(y_l|x)]                                 App. C.3 -> (B,)
 
-    Not bounded below: the second term can fall forever, so training stops after a fixed number of
+    Not bounded below: log pi(y_l|x) can fall forever, so training stops after a fixed number of
     steps, not at convergence.
     """
     return -(pair.logp_w - alpha * pair.logp_l)

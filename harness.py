@@ -168,6 +168,7 @@ def total_memory() -> float:
 # and of everything in this project that this code names, directly or not; the fields of the
 # configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
 # reading the code, so that nobody has to list it. Comments are no part of the code, docstrings are.
+# Of a user's loss the text of FILE.py counts, comments too, but no module that it imports.
 # Device, number of workers and versions of packages are not in the hash. The definitions in
 # NOT_HASHED are left out too: every stage uses them, so an edit of them would recompute all.
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -187,7 +188,8 @@ def project_file(module: str | None) -> pathlib.Path | None:
 def parse_module(file: pathlib.Path) -> tuple[dict[str, ast.stmt], dict[str, tuple]]:
     """The top-level definitions of a file and its imports from this project, by name.
 
-    An import is (file, name in that file), or (file, None) for a module.
+    An import is (file, name in that file), or (file, None) for a module. Annotated constants
+    (`X: int = 3`) and imports inside functions are not seen.
     """
     definitions, imports = {}, {}
     for node in ast.parse(file.read_text("utf-8")).body:
@@ -211,7 +213,7 @@ def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tup
     """The code of a top-level definition, without its comments, and the places that it names.
 
     A place is (file, name). For an imported name the code is empty, and the one place is its
-    definition. Types (of fields, arguments, results) are left out: they determine no value.
+    definition. Types are part of the code, but the names in them are no places.
     """
     definitions, imports = parse_module(file)
     if name in imports:
@@ -259,7 +261,8 @@ def digest(text: str) -> str:
 class Stage:
     """A deferred call function(setup, *arguments), whose value is kept in a file.
 
-    `setup` has `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for all else in it.
+    `setup` has `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for encoding, corpus
+    and pi_ref.
     Arguments are plain values, top-level functions, other stages, and objects with a `source`.
     """
     def __init__(self, function: Callable, setup, *arguments):
@@ -292,7 +295,7 @@ class Stage:
 
     @functools.cached_property
     def inputs(self) -> dict[str, str]:
-        """A digest of each thing that determines the value, by its name in an explanation."""
+        """{name: digest or value} of all that determines the value, for `Stages.explain`."""
         inputs = {place: digest(definition) for place, definition in self.code.items()}
         inputs.update({f"cfg.{name}": json.dumps(value) for name, value in self.fields.items()})
         inputs["the arguments, or the loss"] = json.dumps(self.arguments, default=describe)

@@ -214,7 +214,8 @@ def sequence_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     mask are never read. This is the plain form; training uses `response_token_logp`.
     """
     mask = mask.bool()
-    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)     # 0 times NaN is NaN
+    # before the log-softmax, because a NaN there would reach the gradient: 0 times NaN is NaN
+    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)
     logp = token_logp(logits, ids.masked_fill(~mask, 0))                     # (B, T-1)
     return logp.masked_fill(~mask[:, 1:], 0.).sum(1)
 
@@ -237,8 +238,8 @@ def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
 def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi of each response token, nats, 0 elsewhere: ids (B, T), bool mask (B, T) -> (B, T).
 
-    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at two thirds of the cost. The mask
-    must be False at position 0: the first token has no probability.
+    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at a lower cost. The mask must be False
+    at position 0: the first token has no probability.
     """
     logits = upcast_half(response_logits(model, ids, mask))                  # (M, V)
     logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)

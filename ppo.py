@@ -25,7 +25,8 @@ and reward clipping (either would change the true reward), gradient clipping and
 KL (neither was needed).
 
 An *objective* is maximised, a *loss* is minimised.
-Shapes: B episodes, T positions, M response tokens, W width; a mask (B, T) marks response tokens.
+Shapes: B episodes, C completions, N prompts, P tokens of the longest prompt, T positions, M
+response tokens, W width; a mask (B, T) marks response tokens.
 """
 import copy
 from functools import partial
@@ -72,9 +73,10 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
                        batches_of_epochs: list[list[Tensor]], lr: float, device: str) -> dict:
     """Minimise Eq. 2, starting from the SFT model; keep the epoch with the best held-out accuracy.
 
-    As in App. C.1. `batches_of_epochs` has a list of batches for each epoch; a batch is the indices
-    of some prompts. Returns the parameters of a ScalarModel (`state_dict`), its `accuracy` on
-    held-out pairs, and `mean` and `std` of its rewards of the held-out completions.
+    The choice of the epoch is that of App. C.1, which starts from the model before SFT.
+    `batches_of_epochs` has a list of batches for each epoch; a batch is the indices of some
+    prompts. Returns the parameters of a ScalarModel (`state_dict`), its `accuracy` on held-out
+    pairs, and `mean` and `std` of its rewards of the held-out completions.
     """
     model = ScalarModel(ref)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0., fused=True)
@@ -117,9 +119,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
         lam: float) -> tuple[Tensor, Tensor]:
     """A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V_{t+1} - V_t
 
-    V and A are 0 after the last response token (Schulman et al. 2016, Eq. 16). All (B, T). Entries
-    outside the mask may hold anything, NaN too, and may lie between response tokens: they are
-    skipped. Returns the advantages and the returns A + V, both 0 outside the mask.
+    The estimator is Eq. 16 of Schulman et al. 2016. V and A are 0 after the last response token.
+    All (B, T). Entries outside the mask may hold anything, NaN too, and may lie between response
+    tokens: they are skipped. Returns the advantages and the returns A + V, both 0 outside the mask.
     """
     mask = mask.bool()
     advantages = torch.zeros_like(values)

@@ -5,8 +5,8 @@
     python train.py --help                                 every flag, with its meaning
 
 Every result is a stage (harness.py): computed once, kept in a file under --out, and loaded from
-there the next time. So a run that was stopped continues where it was, and a new loss reuses the
-baselines. Several workers run this program at once and share the stages.
+there the next time. So a run that was stopped repeats only its unfinished stages, and a new loss
+reuses the baselines. Several workers run this program at once and share the stages.
 """
 import harness    # first: Ctrl-C must work while torch is imported, which takes seconds
 import argparse
@@ -93,7 +93,8 @@ class Config:
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
     eval_samples: int = option(16, "responses to each prompt, for a finished policy (during "
                                "training a quarter)", 1, 10**4)
-    evaluations: int = option(8, "evaluations of a run, the last of its finished policy", 1, 1000)
+    evaluations: int = option(8, "evaluations of a run, at most; the last is of its "
+                              "finished policy", 1, 1000)
     optimum_samples: int = option(256, "responses to each prompt from each policy that samples for "
                                   "the optimum", 16, 10**6)
 
@@ -150,7 +151,8 @@ class Setup(NamedTuple):
     corpus: dict[str, list[str]]      # split -> film reviews
     ref: GPT                          # pi_ref
     user_pairs: harness.UserPairs | None = None
-    learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None    # for the figures alone
+    # for figures alone, and in no hash: no function with @cached may read it from its setup
+    learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @cached    # computed once and kept in a file, see harness.py
@@ -445,8 +447,8 @@ def train_with_ppo(setup: Setup, policy: GPT, run: Run,
 # dict of `train_sweep`; (4) a style in plots/__init__.py; (5) if it should appear there, a line in
 # plots/cost.py, plots/winrate.py and plots/samples.py. The first function of the entry is called as
 # train(setup, policy, run, second function), and returns the number of steps and an iterator; each
-# `next` takes one step and yields a dict of floats. The function must read settings as `cfg.NAME`:
-# harness.py finds them in the code by this spelling.
+# `next` takes one step and yields a dict of floats. The swept value is `run.setting`. Other fields
+# of Config must be read as `cfg.NAME`: harness.py finds them in the code by this spelling.
 METHODS = {    # method -> how it is trained; its loss, or the function that makes its score
     "ppo_gt": (train_with_ppo, make_true_score),
     "ppo": (train_with_ppo, make_learned_score),
@@ -461,7 +463,8 @@ METHODS = {    # method -> how it is trained; its loss, or the function that mak
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
-    From `samples` responses to each evaluation prompt; the random generator depends on `names`.
+    Also the mean `length` of a response, tokens. From `samples` responses to each evaluation
+    prompt; the random generator depends on `names`.
     """
     generator = named_generator("evaluation", *names, setup.cfg.seed, device=setup.device)
     reward, kl, length = frontier.sample_rewards(setup, policy, evaluation_prompts(setup), samples,
