@@ -173,8 +173,10 @@ def draw_method(axis, rows: list[dict], label: str, colour: str, marker: str) ->
         axis.plot([row["kl"] for row in final], reward, ":", color=colour, marker=marker, ms=4,
                   lw=1.2, label=label, zorder=3)
         return
-    axis.errorbar([min(row["kl"], MAX_KL) for row in final], reward,
-                  xerr=[row["kl_se"] if row["kl"] <= MAX_KL else 0. for row in final],
+    kl = [min(row["kl"], MAX_KL) for row in final]
+    left = [row["kl_se"] if row["kl"] <= MAX_KL else 0. for row in final]
+    right = [min(error, MAX_KL - x) for error, x in zip(left, kl)]    # not beyond the axis
+    axis.errorbar(kl, reward, xerr=[left, right],
                   yerr=[row["reward_se"] for row in final], fmt=marker, color=colour,
                   ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1, label=label,
                   zorder=4, clip_on=False)
