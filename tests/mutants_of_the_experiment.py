@@ -251,10 +251,16 @@ def error_over_responses(original, x):
 
 
 @plant("all evaluations of a run have the same random numbers",
-       "train.evaluate",
+       "train.run_steps",
        "a_run_is_evaluated_at_equal_intervals_and_at_its_end")
-def evaluations_with_equal_random_numbers(original, setup, policy, samples, *names):
-    return original(setup, policy, samples, *names[:-1])
+def evaluations_with_equal_random_numbers(original, *arguments):
+    evaluate = importlib.import_module("train").evaluate
+
+    def evaluate_without_step(setup, policy, samples, *names):
+        return evaluate(setup, policy, samples, *names[:-1])
+
+    with mock.patch("train.evaluate", evaluate_without_step):
+        return original(*arguments)
 
 
 @plant("the gain is measured from a reward of 0 instead of pi_ref's",

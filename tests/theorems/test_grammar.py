@@ -130,7 +130,7 @@ def test_restaurants_have_words_that_no_film_review_contains():
             assert len(own) >= 7, f"this {domain} review has few words of its own: {text!r}"
 
 
-def test_splits_are_disconnective():
+def test_splits_are_disjoint():
     """No review occurs twice, in one split or in two.
 
     The splits hold 80, 10 and 10 percent of the reviews.

@@ -217,7 +217,7 @@ def test_a_constant_reward_ranks_no_pair():
                                     "cpu")
     agree(torch.tensor([fitted["accuracy"], fitted["mean"], fitted["std"]]), torch.zeros(3),
           "a reward that is 0 everywhere must have accuracy, mean and deviation 0")
-    assert "model" in fitted, "an epoch with accuracy 0 must be kept if there is no better one"
+    assert "state_dict" in fitted, "an epoch with accuracy 0 must be kept if there is no better one"
 
 
 def test_the_reward_model_ends_at_reward_over_tau_up_to_a_constant_of_the_prompt():

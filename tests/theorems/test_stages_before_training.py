@@ -224,7 +224,7 @@ def test_the_learned_reward_of_ppo_is_normalised_by_its_mean_and_deviation():
     setup = setup_of(3)
     model = ppo.ScalarModel(long_gpt(seed=5))
     torch.nn.init.normal_(model.head.weight, generator=world.generator(6))
-    fitted = {"model": model.state_dict(), "mean": .3, "std": 2.5}
+    fitted = {"state_dict": model.state_dict(), "mean": .3, "std": 2.5}
     completions, texts = completions_of(setup, "train", 3)
     with mock.patch.object(train, "fit_reward_model", stage_of(setup, fitted)):
         score = train.make_learned_score(setup)(completions["ids"], completions["mask"])
