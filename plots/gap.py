@@ -2,8 +2,8 @@
 
 Left: the share of the optimal gain of DPO and of three variants: Adam has its usual epsilon; the
 network is twice as wide (with half the learning rate); the pairs come in 8 rounds from the policy
-itself. Right: where each policy spends its nats, by
-the role of the token (plots/nats.py), at KL near 2.
+itself. Right: where each policy spends its nats, by the role of the token (plots/nats.py), at KL
+near 2.
 """
 from typing import Callable
 
