@@ -262,8 +262,8 @@ class Stage:
     """A deferred call function(setup, *arguments), whose value is kept in a file.
 
     `setup` has `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for encoding, corpus
-    and pi_ref.
-    Arguments are plain values, top-level functions, other stages, and objects with a `source`.
+    and pi_ref. Arguments are plain values, top-level functions, other stages, and objects with a
+    `source`.
     """
     def __init__(self, function: Callable, setup, *arguments):
         self.function = inspect.unwrap(function)

@@ -1,9 +1,8 @@
 """A small GPT, the log-probabilities that it gives to a text, and its sampler.
 
 Shapes: B sequences of a batch, N of all batches, M response tokens of a batch, T tokens, P tokens
-of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model.
-A row of `ids` is a prompt from position 0, its response right after it, then filler. A mask (B, T)
-says which ids are response tokens.
+of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model. A row of ids
+is a prompt from position 0, its response, then filler. A mask (B, T) marks response tokens.
 """
 import math
 from dataclasses import dataclass
@@ -155,8 +154,7 @@ class GPT(nn.Module):
         """Empty key/value caches, one for each block: (2, batch, H, positions, D)."""
         c = self.config
         shape = 2, batch, c.heads, positions, c.width // c.heads
-        weight = self.token.weight
-        return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.blocks]
+        return [self.token.weight.new_empty(shape) for _ in self.blocks]
 
 
 # --------------------------------------------------------------------------- training any model
@@ -214,8 +212,7 @@ def sequence_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     mask are never read. This is the plain form; training uses `response_token_logp`.
     """
     mask = mask.bool()
-    # before the log-softmax, because a NaN there would reach the gradient: 0 times NaN is NaN
-    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)
+    logits = logits.masked_fill(~predicts_response(mask)[..., None], 0.)  # no NaN in the gradient
     logp = token_logp(logits, ids.masked_fill(~mask, 0))                     # (B, T-1)
     return logp.masked_fill(~mask[:, 1:], 0.).sum(1)
 
@@ -231,15 +228,14 @@ def response_logits(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """Values (M,) of the response tokens, put where they stand: mask (B, T) -> (B, T), else 0."""
-    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    return zeros.masked_scatter(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def response_token_logp(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi of each response token, nats, 0 elsewhere: ids (B, T), bool mask (B, T) -> (B, T).
 
-    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at a lower cost. The mask must be False
-    at position 0: the first token has no probability.
+    Its sum over T is `sequence_logp(model(ids), ids, mask)`, at a lower cost. The mask must be
+    False at position 0: the first token has no probability.
     """
     logits = upcast_half(response_logits(model, ids, mask))                  # (M, V)
     logp = -F.cross_entropy(logits, ids[mask], reduction="none")             # (M,)
@@ -304,8 +300,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
     token included), then the end token `end` as filler. All rows are at the same position; a row
     whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
-    left. `logp_out` (B, P + max_tokens) of zeros, if given, is filled in place with the
-    log-probability of each sampled token, at temperature 1.
+    left. `logp_out` (B, P + max_tokens) of zeros gets log pi of the sampled tokens, temperature 1.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens
@@ -314,11 +309,10 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     rows = torch.arange(B, device=device)                                    # rows still sampled
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
     begin = prompt_lengths                                                   # of the response
-    stop = begin + max_tokens                                                # one past its end
     kv_caches = model.new_caches(B, T)
-    x, start = ids[:, :shortest], 0                                          # the next to read
+    x = ids[:, :shortest]                                                    # the next to read
     for t in range(shortest, T):
-        logits = model.logits(model.hidden(x, kv_caches, start)[:, -1])      # (rows, V)
+        logits = model.logits(model.hidden(x, kv_caches, t - x.shape[1])[:, -1])    # (rows, V)
         u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
         sampled = alive & (t >= begin)
@@ -327,15 +321,15 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
             logp_out[rows, t] = logp.masked_fill(~sampled, 0.)
         token = torch.where(sampled, token, ids[rows, t])                    # else prompt or filler
         ids[rows, t] = token
-        alive &= ~(sampled & (token == end)) & (t + 1 < stop)
-        x, start = token[:, None], t
+        alive &= ~(sampled & (token == end)) & (t + 1 < begin + max_tokens)
+        x = token[:, None]
         if t % 4 > 0:    # nonzero() waits for the device, so ended rows are dropped every 4 steps
             continue
         keep = alive.nonzero().squeeze(1)
         if len(keep) == 0:
             return ids[:, :t + 1]
         if len(keep) < .8 * len(rows):                                       # drop the ended rows
-            rows, x, alive, begin, stop = (y[keep] for y in (rows, x, alive, begin, stop))
+            rows, x, alive, begin = (y[keep] for y in (rows, x, alive, begin))
             kv_caches = [cache[:, keep] for cache in kv_caches]
     return ids
 

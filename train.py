@@ -500,7 +500,8 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
     survive an exception. A row is an evaluation, the `seconds` of training until then, and the
     means of the statistics since the previous row.
     """
-    def add_row(is_final: bool, samples: int) -> None:    # reads the variables of the loop below
+    def add_row(is_final: bool) -> None:    # reads the variables of the loop below
+        samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
         numbers = evaluate(setup, policy, samples, *run, step)
         check_finite(numbers)
         # a round with ties may end before `steps`, right after a row: then `recent` is empty
@@ -519,12 +520,12 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         check_finite(statistics)
         recent.append(statistics)
         if step % interval == 0 and step < steps:
-            add_row(is_final=False, samples=math.ceil(setup.cfg.eval_samples / 4))
+            add_row(is_final=False)
             recent = []
         start = time.perf_counter()
     if result["step"] == 0:
         raise UserError(NO_PAIRS)
-    add_row(is_final=True, samples=setup.cfg.eval_samples)
+    add_row(is_final=True)
 
 
 @cached
@@ -565,16 +566,16 @@ def train_sweep(setups: list[Setup]) -> list[Stage]:
     needs only the true reward.
     """
     cfg = setups[0].cfg
-    first_stages, ppo_gt, ppo_critics, remaining = [], [], [], []
+    independent, ppo_gt, ppo_critics, remaining = [], [], [], []
     for setup in setups:
-        first_stages += [Stage(fit_reward_model, setup),
-                         Stage(initial_critic, setup, "ppo_gt", make_true_score)]
+        independent += [Stage(fit_reward_model, setup),
+                        Stage(initial_critic, setup, "ppo_gt", make_true_score)]
         ppo_gt += policy_stages(setup, {"ppo_gt": cfg.kl_targets})
         ppo_critics.append(Stage(initial_critic, setup, "ppo", make_learned_score))
         remaining += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
                                            "unlikelihood": cfg.alphas,
                                            "preferred_ft": tuple(range(cfg.preferred_runs))})
-    setups[0].stages.get_all(first_stages + ppo_gt + ppo_critics + remaining, report=True)
+    setups[0].stages.get_all(independent + ppo_gt + ppo_critics + remaining, report=True)
     return ppo_gt + remaining
 
 

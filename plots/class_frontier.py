@@ -15,7 +15,8 @@ from tests.points import MIN_KL
 
 GRADED = "graded"
 NUMBER_SIZE = 9                      # of the numbers beside the markers, in points
-STUDENT_SIZE, BASELINE_SIZE = 7, 5   # of the markers, in points
+STUDENT_SIZE, BASELINE_SIZE, SFT_SIZE = 7, 5, 9    # of the markers, in points
+LINES = {"mew": .4, "elinewidth": .6}              # their widths at the markers, in points
 
 
 class Curve:
@@ -165,16 +166,6 @@ def write_beside(axis, texts: list[tuple[float, float, str]], rows: list[dict],
                                             "shrinkA": 0, "shrinkB": 2})
 
 
-def draw_markers(axis, rows: list[dict], style: tuple[str, str, str], size: float) -> None:
-    """Draw finished policies with error bars; those beyond the right edge are drawn at the edge."""
-    label, colour, marker = style
-    right = axis.get_xlim()[1]
-    axis.errorbar([min(row["kl"], right) for row in rows], [row["reward"] for row in rows],
-                  xerr=[row["kl_se"] if row["kl"] <= right else 0. for row in rows],
-                  yerr=[row["reward_se"] for row in rows], fmt=marker, color=colour, ms=size,
-                  mec="white", mew=.4, elinewidth=.6, label=label, zorder=4, clip_on=False)
-
-
 def texts_of(rows: list[dict], name: str, right: float, is_named: bool) -> list[tuple]:
     """KL, reward and text beside each policy: its name, with its KL if it is beyond `right`."""
     texts = []
@@ -210,17 +201,19 @@ def draw(submissions: dict[int, Curve], baselines: list[dict], optimum: dict,
     texts = []
     for number, curve in submissions.items():
         texts += texts_of(curve.finished(), str(number), right, is_named=True)
-    draw_markers(axis, students, ("submission", *USER_STYLE[0]), STUDENT_SIZE)
+    frontier.draw_markers(axis, students, ("submission", *USER_STYLE[0]), right, ms=STUDENT_SIZE,
+                          **LINES)
     for method, style in STYLE.items():
         of_method = [row for row in baselines if row["method"] == method]
         if of_method:
-            draw_markers(axis, of_method, style, BASELINE_SIZE + 4 * (method == "sft"))
+            size = SFT_SIZE if method == "sft" else BASELINE_SIZE
+            frontier.draw_markers(axis, of_method, style, right, ms=size, **LINES)
             texts += texts_of(of_method, style[0], right, is_named=False)
     axis.set_xlabel("sequence KL(\u03c0 \u2016 \u03c0_ref), nats; square-root scale", fontsize=12)
     axis.set_ylabel("true reward (probability of positive sentiment)", fontsize=12)
     axis.grid(alpha=.25)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=10, frameon=False)
-    count = f"{len(submissions)} submission{'s' * (len(submissions) > 1)}"
+    count = "1 submission" if len(submissions) == 1 else f"{len(submissions)} submissions"
     axis.set_title(f"{count} under the optimum of the baselines' run; numbers as in the table; "
                    "error bars are standard errors over prompts", fontsize=10, loc="left")
     figure.tight_layout()    # before the places of the texts are measured
@@ -237,5 +230,5 @@ def draw_class(folders: list[pathlib.Path], path: pathlib.Path) -> str:
                  if row["method"] in STYLE]
     optimum = next(curve.optimum for curve in submitted if curve.rows)
     draw(submissions, baselines, optimum, path)
-    shares = table_of_shares(submissions, baselines)
-    return "\n\n".join([table(submissions, baselines)] + [shares] * bool(shares))
+    both = [table(submissions, baselines), table_of_shares(submissions, baselines)]
+    return "\n\n".join(text for text in both if text)

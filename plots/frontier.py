@@ -127,10 +127,10 @@ def draw_optimum(axis, optimum: dict) -> None:
 
     The curve is solid where its estimate rests on enough effective samples, and dashed beyond.
     """
-    points = sorted(zip(optimum["kl"], optimum["reward"], optimum["ess"]))
-    kl, reward, ess = zip(*points)
-    reliable = sum(x <= reliable_kl(optimum) for x in kl)    # number of points
-    dashed = slice(max(reliable - 1, 0), None)         # joins the last reliable point
+    kl, reward = zip(*sorted(zip(optimum["kl"], optimum["reward"])))
+    last_reliable = reliable_kl(optimum)
+    reliable = sum(x <= last_reliable for x in kl)    # number of points
+    dashed = slice(max(reliable - 1, 0), None)        # joins the last reliable point
     axis.fill_between(kl, reward, 1.02, color="0.93", lw=0)
     axis.plot(kl[:reliable], reward[:reliable], color="0.25", lw=2, label="optimum (Eq. 4)")
     axis.plot(kl[dashed], reward[dashed], "--", color="0.25", lw=1.5,
@@ -158,6 +158,18 @@ def mean_over_seeds(rows: list[dict]) -> list[dict]:
     return sorted(means, key=lambda row: row["kl"])
 
 
+def draw_markers(axis, rows: list[dict], style: tuple[str, str, str], right: float,
+                 **sizes: float) -> None:
+    """Draw finished policies with error bars; those beyond a KL of `right` are drawn there."""
+    label, colour, marker = style
+    kl = [min(row["kl"], right) for row in rows]
+    below = [row["kl_se"] if row["kl"] <= right else 0. for row in rows]
+    above = [min(error, right - x) for error, x in zip(below, kl)]    # not beyond the axis
+    axis.errorbar(kl, [row["reward"] for row in rows], xerr=[below, above],
+                  yerr=[row["reward_se"] for row in rows], fmt=marker, color=colour, mec="white",
+                  label=label, zorder=4, clip_on=False, **sizes)
+
+
 def draw_method(axis, rows: list[dict], label: str, colour: str, marker: str) -> None:
     """Draw one method: small dots during training, markers with error bars for final policies.
 
@@ -168,18 +180,12 @@ def draw_method(axis, rows: list[dict], label: str, colour: str, marker: str) ->
     final = mean_over_seeds([row for row in rows if row["final"]])
     axis.scatter([row["kl"] for row in during], [row["reward"] for row in during], s=9,
                  color=colour, alpha=.35, lw=0)
-    reward = [row["reward"] for row in final]
     if method in BEST_OF_N:
-        axis.plot([row["kl"] for row in final], reward, ":", color=colour, marker=marker, ms=4,
-                  lw=1.2, label=label, zorder=3)
+        axis.plot([row["kl"] for row in final], [row["reward"] for row in final], ":",
+                  color=colour, marker=marker, ms=4, lw=1.2, label=label, zorder=3)
         return
-    kl = [min(row["kl"], MAX_KL) for row in final]
-    left = [row["kl_se"] if row["kl"] <= MAX_KL else 0. for row in final]
-    right = [min(error, MAX_KL - x) for error, x in zip(left, kl)]    # not beyond the axis
-    axis.errorbar(kl, reward, xerr=[left, right],
-                  yerr=[row["reward_se"] for row in final], fmt=marker, color=colour,
-                  ms=13 if method == "sft" else 8, mec="white", mew=.7, elinewidth=1, label=label,
-                  zorder=4, clip_on=False)
+    draw_markers(axis, final, (label, colour, marker), MAX_KL, ms=13 if method == "sft" else 8,
+                 mew=.7, elinewidth=1)
 
 
 def label_distant_policies(axis, rows: list[dict], styles: dict[str, tuple]) -> None:
