@@ -11,11 +11,13 @@ What is simplified, and why:
 
 As in the paper, a prompt is the first 2-8 tokens of a review, without a beginning-of-text token.
 There are many openings and all are short, so most prompts reach into the first opinion: each prompt
-has its own best responses, and its own Z(x). Restaurant reviews are in the corpus of pi_ref alone;
-no preference shows one (Table 1: out of distribution).
+has its own best responses, and its own Z(x). SFT sees restaurant reviews too, but no preference
+shows one (Table 1: out of distribution).
 
 Every random choice takes a generator made from names (`named_rng`, `named_generator`), so changing
 a loss never changes the data.
+
+Shapes: N prompts, K completions of each, C = N K completions in all, M pairs, B texts, T tokens.
 """
 import hashlib
 import math

@@ -1,17 +1,18 @@
-"""Direct Preference Optimization (Rafailov et al., 2023): the losses, their gradients by hand, and
-the optimum that they aim at.
+"""Direct Preference Optimization (Rafailov et al., 2023): the losses, the gradient of DPO by
+hand, and the optimum that the losses aim at.
 
 The paper's symbols: x is a prompt, y_w the preferred response (winner), y_l the other one (loser),
 pi the policy, pi_ref the reference policy, r a reward, and beta the price of one nat of
-KL(pi || pi_ref). The log-probability of a response is the sum over its tokens, the end token
-included, in nats.
+KL(pi || pi_ref). The log-probability of a response is the sum over its tokens in nats, the end
+token included if there is one.
 
 Shapes: B pairs, C completions, K ranked responses, N listed responses, X prompts, M sampling
 policies, S betas, T tokens, V vocabulary. `ref` is short for log pi_ref.
 Losses are per example, (B,), never reduced: the training loop takes the mean.
 
-train.py trains with `dpo_loss`, `unlikelihood_loss` and `preferred_ft_loss`. The gradients,
-`objective`, `plackett_luce_loss` and `constant_weight_loss` are for the reader and the tests.
+train.py trains with `dpo_loss`, `unlikelihood_loss` and `preferred_ft_loss`. `dpo_gradient`,
+`dpo_gradient_logits`, `objective`, `plackett_luce_loss` and `constant_weight_loss` are for the
+reader and the tests.
 """
 import math
 from typing import NamedTuple
@@ -131,7 +132,7 @@ def plackett_luce_loss(logp: Tensor, ref: Tensor, beta: float) -> Tensor:
 
 # -------------------------------------------------------------------- the baselines (Section 6)
 def unlikelihood_loss(pair: Pair, alpha: float) -> Tensor:
-    """-[log pi(y_w|x) - alpha log pi(y_l|x)]                                 App. C.3 -> (B,)
+    """-[log pi(y_w|x) - alpha log pi(y_l|x)]                      Section 6, App. C.3 -> (B,)
 
     Not bounded below: log pi(y_l|x) can fall forever, so training stops after a fixed number of
     steps, not at convergence.
@@ -227,7 +228,8 @@ def share_of_optimal_gain(reward: float, reward_se: float, kl: float, kl_se: flo
 
     F(KL) is the highest reward at the KL of the policy (`optimal_reward`). `frontier` also holds
     `ref_reward`, the mean reward of pi_ref. Returns F(KL), the share, and its standard error by the
-    delta method: an error of the KL moves F by the slope of the frontier.
+    delta method: an error of the KL moves F by the slope of the frontier. The errors of the
+    frontier and of `ref_reward` are left out.
     """
     optimal, slope, _ = optimal_reward(kl, frontier)
     optimal_gain = optimal - frontier["ref_reward"]

@@ -194,8 +194,9 @@ def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
 
     The off-by-one of all language models: the logits at t-1 predict the token at t. So entry t-1 of
     the result belongs to ids[t], the first token has no probability, and the last logits predict
-    nothing that we have. The same shift is in `predicts_response`, `sequence_logp`,
-    `response_logits`, `dpo.dpo_gradient_logits` and `ppo.states_before_tokens`.
+    nothing that we have. `response_token_logp` puts each value back at its token, t. The same shift
+    is in `predicts_response`, `sequence_logp`, `response_logits`, `dpo.dpo_gradient_logits` and
+    `ppo.states_before_tokens`.
     """
     return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
@@ -300,13 +301,14 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
     token included), then the end token `end` as filler. All rows are at the same position; a row
     whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
-    left. `logp_out` (B, P + max_tokens) of zeros gets log pi of the sampled tokens, temperature 1.
+    left. T is the longest prompt + max_tokens, or less if all rows end before. `logp_out`
+    (B, P + max_tokens) of zeros gets log pi of the sampled tokens, temperature 1.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens
     shortest = int(prompt_lengths.min())
     ids = prompts_with_filler(prompts, prompt_lengths, T, end)
-    rows = torch.arange(B, device=device)                                    # rows still sampled
+    rows = torch.arange(B, device=device)                                    # rows still computed
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
     begin = prompt_lengths                                                   # of the response
     kv_caches = model.new_caches(B, T)

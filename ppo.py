@@ -18,8 +18,9 @@ Ziegler et al. 2019):
   (f) A critic of its own, not a head on the policy, so their gradients do not compete. It is fitted
       to the scores of pi_ref's samples before PPO begins; then only its last layer learns.
                                                                              -> `pretrain_critic`
-  (g) Adam with epsilon 1e-4 (others: 1e-5; see `train_on_pairs` in train.py); learning rate warmed
-      up, then annealed to 0; no dropout; sampling and scoring at temperature 1.
+  (g) Adam with epsilon 1e-5 and beta2 .95 (.999 is usual; see `train_on_pairs` in train.py);
+      learning rate warmed up, then annealed to 0; no dropout; sampling and scoring at temperature
+      1.
 Left out: an entropy bonus (the KL penalty already contains one), a penalty for a missing end token
 and reward clipping (either would change the true reward), gradient clipping and early stopping on
 KL (neither was needed).
@@ -73,7 +74,7 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
                        batches_of_epochs: list[list[Tensor]], lr: float, device: str) -> dict:
     """Minimise Eq. 2, starting from the SFT model; keep the epoch with the best held-out accuracy.
 
-    The choice of the epoch is that of App. C.1, which starts from the model before SFT.
+    App. C.1 chooses the epoch in the same way, but starts from the model before SFT.
     `batches_of_epochs` has a list of batches for each epoch; a batch is the indices of some
     prompts. Returns the parameters of a ScalarModel (`state_dict`), its `accuracy` on held-out
     pairs, and `mean` and `std` of its rewards of the held-out completions.
@@ -178,10 +179,11 @@ def states_before_tokens(critic: ScalarModel, ids: Tensor) -> Tensor:
 
 def pretrain_critic(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor, Tensor], Tensor],
                     batch: int, lr: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Fit a critic V(x, y_<t) = E[score | x, y_<t] under pi_ref to its samples, for one epoch.
+    """Fit a critic V(x, y_<t) = E[score | x, y_<t], y ~ pi_ref, to samples of pi_ref.
 
-    PPO's own episodes are too few to learn values from nothing. ids (C, T), mask (C, T) are samples
-    of pi_ref; score(ids, mask) -> (B,). Returns the parameters of the critic, a ScalarModel.
+    For one epoch. PPO's own episodes are too few to learn values from nothing. ids (C, T), mask
+    (C, T) are samples of pi_ref; score(ids, mask) -> (B,). Returns the parameters of the critic, a
+    ScalarModel.
     """
     critic = ScalarModel(ref)
     device = ref.token.weight.device
@@ -269,7 +271,7 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
 
     score(ids, mask) -> (B,) is the normalised reward of a text: learned (PPO) or true (PPO-GT).
     prompts: ids (N, P) and lengths (N,). `critic_state` comes from `pretrain_critic`; without it
-    the critic starts from pi_ref's states and at 0. `cfg` has the fields ppo_*, adam_epsilon,
+    the critic has pi_ref's states and all its values are 0. `cfg` has the fields ppo_*, adam_beta2,
     completions and max_tokens.
     """
     critic = ScalarModel(ref)
@@ -277,7 +279,8 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
         critic.load_state_dict(critic_state)
     # Of the critic only the last layer learns: its states are computed once for each rollout.
     parameters = [*policy.parameters(), *critic.head.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, eps=cfg.adam_epsilon, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, betas=(.9, cfg.adam_beta2), eps=1e-5,
+                                 fused=True)
     scheduler = lr_schedule(optimizer, cfg.ppo_steps)
     # The optimal price of a nat (`dpo.optimal_reward`) falls with KL: a larger target starts lower.
     kl_coef = cfg.ppo_init_kl_coef / target

@@ -1,4 +1,4 @@
-"""The experiment of Section 6: SFT, preferences, reward model, DPO, PPO, evaluation, the frontier.
+"""The experiment of Section 6: SFT, preferences, DPO, reward model, PPO, evaluation, the sweep.
 
     python train.py                                        the default experiment
     python train.py --loss my_loss.py:my_loss              a loss of your own, beside the others
@@ -56,8 +56,8 @@ class Config:
     sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
     sft_batch: int = option(64, "reviews a step of SFT", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
-    adam_epsilon: float = option(1e-4, "Adam's epsilon after SFT, for policies on pairs and PPO "
-                                 "(usually 1e-8)", 1e-12, 1)
+    adam_beta2: float = option(.95, "Adam's beta2, for policies on pairs and PPO (usually .999)", 0,
+                               .99999)
     # preferences (Section 6)
     prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
     completions: int = option(4, "completions a prompt, and PPO's episodes a prompt", 2, 64)
@@ -101,7 +101,7 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "paper": dict(prompts=25_000, betas=(.9, 1.5, 3., 7.), alphas=(.05, .1, .5, 1.),
+    "paper": dict(prompts=25_000, betas=(.7, 1.25, 2.25, 3.5), alphas=(.05, .1, .5, 1.), lr=2.5e-4,
                   kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
                   optimum_samples=512),
     "tiny": dict(reviews=1_500, vocab_size=512, layers=1, heads=1, width=32, sft_epochs=3,
@@ -138,8 +138,8 @@ def check_config(cfg: Config) -> None:
 
 # ---------------------------------------------------------------------------------- SFT (App. C.1)
 # Inside a stage (a function with @cached, see harness.py) `cfg` has only the fields that the code
-# of the stage reads as cfg.NAME. The name of a stage's file depends on these fields, and on `key`,
-# which stands for encoding, corpus and pi_ref.
+# of the stage reads as cfg.NAME. The name of a stage's file has a hash of that code, of these
+# fields, of the arguments, and of `key`, which stands for encoding, corpus and pi_ref.
 class Setup(NamedTuple):
     """What all runs of one seed share."""
     cfg: Config
@@ -358,12 +358,13 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
     cfg = setup.cfg
     pairs = training_preferences(setup) if cfg.rounds == 1 else None
     prompt_count = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
-    parts = torch.arange(prompt_count).tensor_split(cfg.rounds)
+    parts = torch.arange(prompt_count).tensor_split(cfg.rounds)    # sizes only, see sample_round
     steps = cfg.epochs * sum(math.ceil(len(part) / cfg.batch_prompts) for part in parts)
-    # Most tokens of the vocabulary are pieces of words, which hardly occur. Their gradient is 1,000
-    # times smaller than that of words, but Adam with its usual epsilon takes steps of equal size:
-    # their probabilities drift where pi_ref is sure of another token (plots/README.md).
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=cfg.adam_epsilon,
+    # The paper uses RMSprop (App. B). A lone gradient moves a parameter, in all later steps
+    # together, by 32 lr if beta2 is .999, as usual, and by 6 lr if it is .95. At .999 what hardly
+    # occurs takes leaps, and after rare prompts the policy loses what pi_ref is sure of
+    # (plots/README.md).
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(.9, cfg.adam_beta2),
                                   weight_decay=0., fused=True)
     scheduler = lr_schedule(optimizer, steps)
 
@@ -464,7 +465,7 @@ def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
     Also the mean `length` of a response, tokens. From `samples` responses to each evaluation
-    prompt; the random generator depends on `names`.
+    prompt; errors are over prompts. The random generator depends on `names`.
     """
     generator = named_generator("evaluation", *names, setup.cfg.seed, device=setup.device)
     reward, kl, length = frontier.sample_rewards(setup, policy, evaluation_prompts(setup), samples,
@@ -504,24 +505,24 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
         numbers = evaluate(setup, policy, samples, *run, step)
         check_finite(numbers)
-        # a round with ties may end before `steps`, right after a row: then `recent` is empty
-        numbers.update(seconds=seconds, **mean_over_steps(recent or [statistics]))
+        numbers.update(seconds=seconds, **mean_over_steps(recent))
         row = {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
         result["rows"].append(row)
         result["checkpoints"].append(cpu_state_dict(policy))
         tables.print_row(row, steps)
         setup.stages.on_row(row)
 
-    recent, seconds, start = [], 0., time.perf_counter()    # `recent`: steps since the last row
+    seconds, start = 0., time.perf_counter()
     interval = math.ceil(steps / setup.cfg.evaluations)
     for step, statistics in enumerate(training_steps, 1):
         seconds += time.perf_counter() - start
         result["step"] = step
         check_finite(statistics)
+        if (step - 1) % interval == 0:
+            recent = []    # the statistics of the steps since the last row
         recent.append(statistics)
         if step % interval == 0 and step < steps:
             add_row(is_final=False)
-            recent = []
         start = time.perf_counter()
     if result["step"] == 0:
         raise UserError(NO_PAIRS)
@@ -538,13 +539,12 @@ def train_policy(setup: Setup, run: Run, train: Callable, loss_or_make_score: Ca
     """
     policy = copy.deepcopy(setup.ref).requires_grad_(True)
     steps, training_steps = train(setup, policy, run, loss_or_make_score)
-    result = {**run._asdict(), "seed": setup.seed, "step": 0, "rows": [], "checkpoints": [],
-              "failure": None}
+    identity = {**run._asdict(), "seed": setup.seed}
+    result = {**identity, "step": 0, "rows": [], "checkpoints": [], "failure": None}
     try:
         run_steps(setup, policy, run, steps, training_steps, result)
     except (FloatingPointError, LossError) as error:
-        result["failure"] = {**run._asdict(), "seed": setup.seed, "step": result["step"],
-                             "reason": str(error)}
+        result["failure"] = {**identity, "step": result["step"], "reason": str(error)}
     return result
 
 
@@ -561,9 +561,9 @@ def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -
 def train_sweep(setups: list[Setup]) -> list[Stage]:
     """All policies of Section 6, for every seed.
 
-    `get_all` needs each stage after those that it reads. The initial critic of PPO needs the reward
-    model, so it comes after PPO-GT, which keeps the other workers busy meanwhile; that of PPO-GT
-    needs only the true reward.
+    `get_all` needs each stage after those that it reads. The initial critic of PPO reads the reward
+    model, which takes long, so it comes after the policies of PPO-GT: then no worker waits for the
+    reward model. The critic of PPO-GT needs only the true reward.
     """
     cfg = setups[0].cfg
     independent, ppo_gt, ppo_critics, remaining = [], [], [], []
@@ -629,8 +629,9 @@ def write_and_report(out: pathlib.Path, cfg: Config, rows: list[dict], failures:
                      optimum: dict, measured: list[dict], seconds: dict[str, float]) -> int:
     """Write all results, draw all figures and print the tables; returns the exit code.
 
-    `seconds` of each stage are for the cost figure. With --loss they are empty, and the costs of an
-    earlier command stay.
+    `measured` are the rows of single figures; those of earlier commands are added. `seconds` of
+    each stage are for the cost figure. With --loss they are empty, and the costs of an earlier
+    command stay.
     """
     measured = measured + figures.earlier_rows(out, optimum, measured)
     rows = tables.finish_rows(rows, measured, optimum, dataclasses.asdict(cfg))
@@ -665,9 +666,7 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         setups = [setup._replace(user_pairs=None) for setup in setups]
     optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, trained)
                                      for setup in setups})
-    measured = []
-    if not losses:
-        measured += figures.measure_all(setups[0], trained, make_learned_score)
+    measured = [] if losses else figures.measure_all(setups[0], trained, make_learned_score)
     failures = [stage.value["failure"] for stage in trained if stage.value["failure"]]
     seconds = {} if losses else {**stages.seconds}    # without those of the study
     if args.study:

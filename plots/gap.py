@@ -1,6 +1,6 @@
 """What keeps DPO from the optimum? (`train.py --study`)
 
-Left: the share of the optimal gain of DPO and of three variants: Adam has its usual epsilon; the
+Left: the share of the optimal gain of DPO and of three variants: Adam has its usual beta2; the
 network is twice as wide (with half the learning rate); the pairs come in 8 rounds from the policy
 itself. Right: where each policy spends its nats, by the role of the token (plots/nats.py), at KL
 near 2.
@@ -20,7 +20,7 @@ from plots import (STYLE, evaluation_prompts, frontier, load_finished_policy, me
 PAPER = "one round (the paper)"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
     PAPER: (STYLE["dpo"][1], "o", "-"),
-    "Adam's usual epsilon": ("#8C564B", "v", "--"),
+    "Adam's usual beta2": ("#8C564B", "v", "--"),
     "twice as wide": ("#E7298A", "P", "-."),
     "8 rounds": ("#7F3FBF", "^", "-"),
 }
@@ -38,7 +38,7 @@ def variants(cfg) -> dict[str, tuple[dict, dict]]:
     settings = {"dpo": cfg.betas[1:]}
     return {
         PAPER: (dict(rounds=1), {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}),
-        "Adam's usual epsilon": (dict(rounds=1, adam_epsilon=1e-8), settings),
+        "Adam's usual beta2": (dict(rounds=1, adam_beta2=.999), settings),
         "twice as wide": (dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings),
         "8 rounds": (dict(rounds=8), settings),
     }

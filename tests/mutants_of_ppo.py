@@ -267,6 +267,19 @@ def default_eps(original, *arguments):
         yield from original(*arguments)
 
 
+@plant("Adam has its default betas in PPO, .9 and .999",
+       "ppo.train_ppo",
+       "ppo_follows_the_trace_of_its_recipe")
+def default_betas(original, *arguments):
+    adam = torch.optim.Adam
+
+    def with_default_betas(parameters, betas, **options):
+        return adam(parameters, **options)
+
+    with mock.patch("torch.optim.Adam", with_default_betas):
+        yield from original(*arguments)
+
+
 @plant("the controller sees the sum of the batch's KLs instead of their mean",
        "ppo.train_ppo",
        "ppo_follows_the_trace_of_its_recipe",

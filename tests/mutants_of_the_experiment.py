@@ -217,11 +217,11 @@ def steps_of_one_epoch(original, setup, *arguments):
     return steps // setup.cfg.epochs, progress
 
 
-@plant("Adam has its default epsilon on pairs, 1e-8",
+@plant("Adam has its default beta2 on pairs, .999",
        "train.train_on_pairs",
        "every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs")
-def default_epsilon_on_pairs(original, setup, *arguments):
-    cfg = SimpleNamespace(**{**vars(setup.cfg), "adam_epsilon": 1e-8})
+def default_beta2_on_pairs(original, setup, *arguments):
+    cfg = SimpleNamespace(**{**vars(setup.cfg), "adam_beta2": .999})
     return original(setup._replace(cfg=cfg), *arguments)
 
 

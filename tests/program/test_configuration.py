@@ -77,8 +77,8 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"target KL {listed(paper.kl_targets)}, which",
         f"{paper.ppo_steps} batches of {paper.ppo_batch} episodes (default run: "
         f"{listed(default.kl_targets)} and {default.ppo_steps} batches)",
-        f"Adam, {1e4 * default.lr:g}e-4, batch of {default.batch_prompts * pairs} pairs, epsilon "
-        f"{1e4 * default.adam_epsilon:g}e-4",
+        f"Adam, {1e4 * paper.lr:g}e-4 (default run: {1e4 * default.lr:g}e-4), batch of "
+        f"{default.batch_prompts * pairs} pairs, beta2 {listed([default.adam_beta2])} (also PPO's)",
         f"{default.reviews:,} reviews (80% to train), {default.sft_epochs} epochs, batch "
         f"{default.sft_batch}, Adam, {1e3 * default.sft_lr:g}e-3; a vocabulary of "
         f"{default.vocab_size} tokens, responses of at most {default.max_tokens} tokens",

@@ -10,7 +10,7 @@ from plots import gap
 from tests import gpu
 
 DEFAULT = train.Config()
-CHANGED_FIELDS = [set(), {"adam_epsilon"}, {"width", "lr"}, {"rounds"}]
+CHANGED_FIELDS = [set(), {"adam_beta2"}, {"width", "lr"}, {"rounds"}]
 
 
 def fake_policies(setup, settings):

@@ -187,7 +187,7 @@ def sampled_episodes(policy, ref, critic, count, completions, generator):
 
 def trace_of_ppo(cfg, policy, ref, critic, target, generator):
     """Train the policy in place by the recipe; return the statistics of each step."""
-    adam = Adam([*policy.parameters(), *critic.head.parameters()], eps=cfg.adam_epsilon)
+    adam = Adam([*policy.parameters(), *critic.head.parameters()], 1e-5, cfg.adam_beta2)
     price = cfg.ppo_init_kl_coef / target
     count = cfg.ppo_batch // cfg.completions
     statistics = []
@@ -231,11 +231,11 @@ def assert_train_ppo_follows_its_trace(cfg, values, critic, target):
 def test_ppo_follows_the_trace_of_its_recipe():
     """4 steps of 15 episodes, 3 to a prompt, each reused for 2 epochs in minibatches of 4.
 
-    Adam has the epsilon of the configuration. The critic starts from the fitted values.
+    Adam has the beta2 of the configuration. The critic starts from the fitted values.
     """
     cfg = SimpleNamespace(ppo_lr=.01, ppo_steps=4, ppo_init_kl_coef=.6, ppo_batch=15, completions=3,
                           max_tokens=MAX_TOKENS, ppo_epochs=2, ppo_minibatch=4, ppo_horizon=70.,
-                          adam_epsilon=1e-5)
+                          adam_beta2=.95)
     critic = scalar_model(seed=3)
     assert_train_ppo_follows_its_trace(cfg, critic.state_dict(), copy.deepcopy(critic), target=.35)
 
@@ -247,7 +247,7 @@ def test_without_fitted_values_ppo_follows_the_trace_from_zero():
     """
     cfg = SimpleNamespace(ppo_lr=.02, ppo_steps=5, ppo_init_kl_coef=.3, ppo_batch=2, completions=2,
                           max_tokens=MAX_TOKENS, ppo_epochs=3, ppo_minibatch=5, ppo_horizon=9.,
-                          adam_epsilon=1e-5)
+                          adam_beta2=.95)
     critic = ppo.ScalarModel(world.gpt(seed=2))
     assert_train_ppo_follows_its_trace(cfg, None, critic, target=.5)
 
@@ -262,7 +262,7 @@ def test_ppo_arrives_at_the_target_kl_and_at_equation_4_of_its_own_price():
     ref_logp = world.table(ref).detach()
     cfg = SimpleNamespace(ppo_lr=.01, ppo_steps=80, ppo_init_kl_coef=1.2, ppo_batch=128,
                           completions=4, max_tokens=MAX_TOKENS, ppo_epochs=2, ppo_minibatch=32,
-                          ppo_horizon=600., adam_epsilon=1e-5)
+                          ppo_horizon=600., adam_beta2=.999)
     for target in (.5, 1.):
         policy = copy.deepcopy(ref)
         statistics = list(ppo.train_ppo(cfg, policy, ref, world.prompts(), table_score(r), target,

@@ -33,8 +33,9 @@ class Adam:
 
     Set `lr` before each step.
     """
-    def __init__(self, parameters, eps):
+    def __init__(self, parameters, eps, beta2=.999):
         self.parameters = list(parameters)
+        self.beta2 = beta2
         self.eps = eps
         self.lr = None
         self.t = 0
@@ -48,9 +49,9 @@ class Adam:
         with torch.no_grad():
             for i, gradient in enumerate(gradients):
                 self.m[i] = .9 * self.m[i] + .1 * gradient
-                self.v[i] = .999 * self.v[i] + .001 * gradient ** 2
+                self.v[i] = self.beta2 * self.v[i] + (1 - self.beta2) * gradient ** 2
                 m_hat = self.m[i] / (1 - .9 ** self.t)
-                v_hat = self.v[i] / (1 - .999 ** self.t)
+                v_hat = self.v[i] / (1 - self.beta2 ** self.t)
                 self.parameters[i] -= self.lr * m_hat / (v_hat.sqrt() + self.eps)
 
 

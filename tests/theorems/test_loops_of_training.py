@@ -25,7 +25,7 @@ TEXTS = [[0, 3, 1, 1, END], [2, 2, END], [1, 0, 2, 3, 0, END], [3, END], [0, 1, 
 
 
 # --------------------------------------------------------------------------------------- the recipe
-def descend(policy, losses, rates, betas, max_norm=math.inf, eps=1e-8):
+def descend(policy, losses, rates, betas, max_norm=math.inf):
     """AdamW (Kingma and Ba, Algorithm 1) without weight decay, one step for each loss and rate.
 
     The global norm of the gradient is clipped at `max_norm`. `losses` are functions without
@@ -46,7 +46,7 @@ def descend(policy, losses, rates, betas, max_norm=math.inf, eps=1e-8):
             v[i] = betas[1] * v[i] + (1 - betas[1]) * g ** 2
             mean = m[i] / (1 - betas[0] ** t)
             variance = v[i] / (1 - betas[1] ** t)
-            p.data -= rate * mean / (variance.sqrt() + eps)
+            p.data -= rate * mean / (variance.sqrt() + 1e-8)
         values.append(value.item())
         norms.append(norm)
     return values, norms
@@ -220,8 +220,8 @@ def agree_in_statistics(reported, expected):
 def test_every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs():
     """Two epochs of DPO are those of the recipe: a loop over prompts, completions and pairs.
 
-    AdamW has betas .9 and .999, the epsilon of the configuration and no weight decay, and nothing
-    is clipped. The learning rate is at its peak in the first of 4 steps, then falls. A step reports
+    AdamW has beta1 .9, the beta2 of the configuration and no weight decay, and nothing is
+    clipped. The learning rate is at its peak in the first of 4 steps, then falls. A step reports
     means over its pairs, before it changes the policy; a tie is not ranked right. The tokens are
     those of all completions.
     """
@@ -229,7 +229,7 @@ def test_every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs():
     policy = world.gpt(seed=5)
     expected = copy.deepcopy(policy)
     pairs = listed_preferences(ref)
-    setup = fake_setup(ref, preferences=pairs, epochs=2, batch_prompts=3, lr=lr, adam_epsilon=.01)
+    setup = fake_setup(ref, preferences=pairs, epochs=2, batch_prompts=3, lr=lr, adam_beta2=.7)
     steps, progress = train.train_on_pairs(setup, policy, train.Run("dpo", beta), dpo.dpo_loss)
     reported = list(progress)
 
@@ -240,14 +240,28 @@ def test_every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs():
     statistics = []
     losses = [partial(equation_7, expected, pairs, pairs.ref_logp, beta, batch.tolist(), statistics)
               for batch in batches]
-    descend(expected, losses, [lr, lr * 15 / 18, lr * 10 / 18, lr * 5 / 18], betas=(.9, .999),
-            eps=.01)
+    descend(expected, losses, [lr, lr * 15 / 18, lr * 10 / 18, lr * 5 / 18],
+            betas=(.9, .7))
     assert steps == 4, f"2 epochs over 4 prompts with pairs are 4 steps of 3 prompts, not {steps}"
     agree_in_statistics(reported, statistics)
     agree_in_parameters(
         policy, expected,
         "the parameters after two epochs must be those of the recipe: is the loss not the mean "
         "over pairs, is there weight decay, or is the order of an epoch not its own?")
+
+
+def test_a_lone_gradient_moves_a_parameter_by_32_learning_rates_unless_beta2_is_smaller():
+    """The comment in `train_on_pairs`: at beta2 .999 by 32 lr, at .95 by 6 lr, of any gradient.
+
+    The gradient comes late in training, and all others are 0: so it is with a rare token.
+    """
+    for beta2, learning_rates in ((.999, 32), (.95, 6)):
+        x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([x], lr=1e-3, betas=(.9, beta2), weight_decay=0., eps=1e-12)
+        for step in range(10_000):
+            x.grad = torch.full_like(x, 1e-3 * (step == 9_900))
+            optimizer.step()
+        assert round(-x.item() / 1e-3) == learning_rates
 
 
 def lengths_of_pairs(prompt):

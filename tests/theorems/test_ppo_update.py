@@ -137,7 +137,7 @@ def run_ppo(ref, steps, target, horizon):
     """
     cfg = SimpleNamespace(ppo_lr=1e-2, ppo_steps=steps, ppo_init_kl_coef=.4, ppo_batch=64,
                           completions=4, max_tokens=MAX_TOKENS, ppo_epochs=3, ppo_minibatch=32,
-                          ppo_horizon=horizon, adam_epsilon=1e-5)
+                          ppo_horizon=horizon, adam_beta2=.999)
     policy = copy.deepcopy(ref)
     statistics = ppo.train_ppo(cfg, policy, ref, world.prompts(), token_id_reward, target, END,
                                world.generator(3))
