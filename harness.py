@@ -70,9 +70,10 @@ def run_program(main: Callable[[], int], may_print: Callable[[], bool] = lambda:
         message = str(error)
     except OSError as error:
         message = (f"cannot read or write {error.filename or 'the output'}: {error.strerror}; "
-                   "free it, or choose another --out")
+                   "make it writable, or choose another --out")
     except (MemoryError, RuntimeError) as error:                   # torch raises RuntimeError
-        if "memory" not in f"{type(error)} {error}".lower():
+        is_memory = re.search("allocate|out of memory", str(error))
+        if isinstance(error, RuntimeError) and not is_memory:
             raise
         message = ("out of memory; use fewer --workers, or a smaller --width, --batch-prompts or "
                    "--optimum-samples")
@@ -120,7 +121,8 @@ class Parser(argparse.ArgumentParser):
         for field in dataclasses.fields(config):
             flag = "--" + field.name.replace("_", "-")
             meaning = field.metadata["meaning"].replace("%", "%%")
-            self.add_argument(flag, type=functools.partial(parse_value, flag, field), metavar="N",
+            self.add_argument(flag, type=functools.partial(parse_value, flag, field),
+                              metavar="NAME" if field.metadata["choices"] else "N",
                               default=argparse.SUPPRESS,
                               help=f"{meaning} (default: {field.default})")
 
@@ -144,8 +146,7 @@ def read_flags(argv: list[str], config: type, presets: dict[str, dict],
                         help="processes (default: one a core, at most 16; four a GPU)")
     parser.add_config(config)
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(config)]
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    given = {name: x for name, x in vars(args).items() if name in config.__dataclass_fields__}
     if args.workers is not None and not 0 < args.workers <= 256:
         raise UserError(f"--workers must be from 1 to 256, not {args.workers}")
     if args.study and (args.loss or args.pairs):
@@ -166,13 +167,14 @@ def total_memory() -> float:
 # --------------------------------------------------------------------------------------- 3. stages
 # The file of a stage is named by a hash of all that determines its value: the code of its function
 # and of everything in this project that this code names, directly or not; the fields of the
-# configuration that this code reads (cfg.NAME); and its other arguments. All of this is found by
-# reading the code, so that nobody has to list it. Comments are no part of the code, docstrings are.
-# Of a user's loss the text of FILE.py counts, comments too, but no module that it imports.
-# Device, number of workers and versions of packages are not in the hash. The definitions in
-# NOT_HASHED are left out too: every stage uses them, so an edit of them would recompute all.
+# configuration that this code reads (cfg.NAME); the file of pi_ref; --pairs, if the code reads
+# setup.user_pairs; and its other arguments. All of this is found by reading the code, so that
+# nobody has to list it. Comments are no part of the code, docstrings are. Of a user's loss the text
+# of FILE.py counts, comments too, but no module that it imports. Device, number of workers and
+# versions of packages are not in the hash. Definitions with a name in NOT_HASHED are left out too:
+# nearly every stage names them, so an edit of them would recompute all.
 ROOT = pathlib.Path(__file__).resolve().parent
-NOT_HASHED = [(pathlib.Path(__file__).resolve(), name) for name in ("Stage", "cached")]
+NOT_HASHED = "Config", "Setup", "Stage", "cached"
 
 
 def project_file(module: str | None) -> pathlib.Path | None:
@@ -203,6 +205,7 @@ def parse_module(file: pathlib.Path) -> tuple[dict[str, ast.stmt], dict[str, tup
             package = getattr(node, "module", None)
             for alias in node.names:
                 module = project_file(f"{package}.{alias.name}" if package else alias.name)
+                # the imported name is a module, or a name in a module
                 place = (module, None) if module else (project_file(package), alias.name)
                 imports[alias.asname or alias.name] = place
     return definitions, {name: place for name, place in imports.items() if place[0]}
@@ -213,21 +216,15 @@ def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tup
     """The code of a top-level definition, without its comments, and the places that it names.
 
     A place is (file, name). For an imported name the code is empty, and the one place is its
-    definition. Types are part of the code, but the names in them are no places.
+    definition.
     """
     definitions, imports = parse_module(file)
     if name in imports:
         return "", [imports[name]]
     if name not in definitions:
         return "", []
-    nodes = list(ast.walk(definitions[name]))
-    types = [getattr(node, field) for node in nodes for field in ("annotation", "returns")
-             if getattr(node, field, None)]
-    ignored = {part for annotation in types for part in ast.walk(annotation)}
     places = []
-    for node in nodes:
-        if node in ignored:
-            continue
+    for node in ast.walk(definitions[name]):
         if isinstance(node, ast.Name):
             places.append((file, node.id))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -244,7 +241,7 @@ def reachable_code(function: Callable) -> dict[str, str]:
     found = {}
     while pending:
         place = pending.pop()
-        if place not in found and place not in NOT_HASHED:
+        if place not in found and place[1] not in NOT_HASHED:
             found[place], named = read_definition(*place)
             pending += named
     code = {f"{file.relative_to(ROOT).as_posix()}:{name}": text
@@ -262,8 +259,8 @@ class Stage:
     """A deferred call function(setup, *arguments), whose value is kept in a file.
 
     `setup` has `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for encoding, corpus
-    and pi_ref. Arguments are plain values, top-level functions, other stages, and objects with a
-    `source`.
+    and pi_ref. Arguments are plain values, stages, tuples of these, top-level functions, and
+    objects with a `source`.
     """
     def __init__(self, function: Callable, setup, *arguments):
         self.function = inspect.unwrap(function)
@@ -280,30 +277,20 @@ class Stage:
         return f"{name}-seed{self.setup.seed}"
 
     @functools.cached_property
-    def code(self) -> dict[str, str]:
-        """{"file:name": code} of all that determines the value, see `reachable_code`."""
-        code = {}
-        for function in (self.function, *filter(inspect.isfunction, self.arguments)):
-            code.update(reachable_code(function))
-        return code
-
-    @functools.cached_property
-    def fields(self) -> dict:
-        """The fields of the configuration that the code reads."""
-        read = set(re.findall(r"\bcfg\.(\w+)", "\n".join(self.code.values())))
-        return {name: value for name, value in vars(self.setup.cfg).items() if name in read}
-
-    @functools.cached_property
     def inputs(self) -> dict[str, str]:
-        """{name: digest or value} of all that determines the value, for `Stages.explain`."""
-        inputs = {place: digest(definition) for place, definition in self.code.items()}
-        inputs.update({f"cfg.{name}": json.dumps(value) for name, value in self.fields.items()})
-        inputs["the arguments, or the loss"] = json.dumps(self.arguments, default=describe)
+        """{name: digest} of all that determines the value: "file:name" of code, "cfg.NAME", ..."""
+        inputs = {}
+        for function in (self.function, *filter(inspect.isfunction, self.arguments)):
+            inputs.update(reachable_code(function))
+        code = "\n".join(inputs.values())
+        fields = vars(self.setup.cfg)
+        for name in set(re.findall(r"\bcfg\.(\w+)", code)) & fields.keys():
+            inputs[f"cfg.{name}"] = fields[name]
+        inputs["an argument, or the loss"] = self.arguments
         inputs["pi_ref"] = self.setup.key
-        user_pairs = self.setup.user_pairs
-        if user_pairs and any("setup.user_pairs" in text for text in self.code.values()):
-            inputs["--pairs"] = describe(user_pairs)
-        return inputs
+        if self.setup.user_pairs and "setup.user_pairs" in code:
+            inputs["--pairs"] = self.setup.user_pairs
+        return {name: digest(json.dumps(x, default=describe)) for name, x in inputs.items()}
 
     @functools.cached_property
     def path(self) -> pathlib.Path:
@@ -338,17 +325,21 @@ def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
     try:
         stored = torch.load(path, weights_only=True)
         with zipfile.ZipFile(path) as archive:                     # torch ignores its checksums
-            assert archive.testzip() is None, "a part of it is damaged"
-        assert stored["file"] == path.name, "it belongs to another stage"
-        return stored, ""
+            damaged = archive.testzip()
     except FileNotFoundError:
         return None, ""
     except Exception as error:                                     # a damaged file may raise any
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if damaged or not isinstance(stored, dict) or stored.get("file") != path.name:
+        return None, "a part of it is damaged, or it belongs to another stage"
+    return stored, ""
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """write(file), then rename the file to `path`: it appears whole or not at all."""
+    """write(file), then rename the file to `path`: it appears whole or not at all.
+
+    After Ctrl-C or kill -9 a .partial file may remain.
+    """
     temporary = path.with_suffix(f".{os.getpid()}.partial")
     try:
         write(temporary)
@@ -360,21 +351,18 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> No
     os.replace(temporary, path)
 
 
-def do_nothing(row: dict) -> None:
-    """The default `on_row` of Stages."""
-
-
 class Stages:
     """The stages in a folder, shared by all workers: each is computed by the first that asks."""
     def __init__(self, folder: pathlib.Path, store: torch.distributed.Store):
         self.folder = folder
-        self.store = store         # counts, for all workers, how often a stage was claimed
-        self.seconds = {}          # name of a stage -> seconds that its computation took
-        self.on_row = do_nothing   # called with each row of results while a policy is trained
-        self.explained = set()     # explanations that were printed
+        self.store = store                # counts how often any worker has claimed a stage
+        self.seconds = {}                 # name of a stage -> seconds that its computation took
+        self.waited = 0.                  # seconds that this worker has waited for other workers
+        self.on_row = lambda row: None    # called with each row of results, during training
+        self.explained = set()            # explanations that were printed
 
     def explain(self, stage: Stage) -> None:
-        """Print, once, why a stage is computed although the folder has a file of its name."""
+        """Print, once a worker, why a stage is computed although a file has its name."""
         differences = []    # for each earlier file, the inputs that differ
         for file in self.folder.glob(f"{stage.name}.*.pt"):
             stored, _ = load_stage(file)
@@ -382,7 +370,8 @@ class Stages:
             differences.append([place for place in {**earlier, **stage.inputs}
                                 if earlier.get(place) != stage.inputs.get(place)])
         changed = min(differences, key=len, default=[])            # those of the nearest file
-        explanation = f"{stage.function.__name__} is computed again: {', '.join(changed)} changed"
+        name = stage.function.__name__
+        explanation = f"{name} is computed: {', '.join(changed)} differ from before"
         if changed and explanation not in self.explained:
             self.explained.add(explanation)
             print(explanation, flush=True)
@@ -390,25 +379,29 @@ class Stages:
     def compute(self, stage: Stage) -> dict:
         """Compute a stage and save it; the file appears whole or not at all."""
         self.explain(stage)
-        start = time.perf_counter()
+        start = time.perf_counter() - self.waited    # waiting is no part of `seconds`
         # a field that the hash lacks is not there: reading it would be an error
-        restricted = stage.setup._replace(cfg=SimpleNamespace(**stage.fields))
+        fields = {name: x for name, x in vars(stage.setup.cfg).items()
+                  if f"cfg.{name}" in stage.inputs}
+        restricted = stage.setup._replace(cfg=SimpleNamespace(**fields))
         value = stage.function(restricted, *stage.arguments)
         stored = {"file": stage.path.name, "inputs": stage.inputs, "value": value,
-                  "seconds": time.perf_counter() - start}
+                  "seconds": time.perf_counter() - self.waited - start}
         write_whole(stage.path, lambda file: torch.save(stored, file))
         return stored
 
     def get(self, stage: Stage):
         """The value of a stage, loaded from its file or computed."""
         stored, problem = load_stage(stage.path)
-        if stored is None and self.store.add(stage.path.name, 1) == 1:
+        if stored is None and self.store.add(stage.path.name, 1) == 1:    # claimed by this worker
             if problem:
                 print(f"{stage.path} is unusable and computed again ({problem})", flush=True)
             stored = self.compute(stage)
-        while stored is None:                                      # another worker computes it
+        start = time.perf_counter()
+        while stored is None:                    # another worker computes it; its file must appear
             time.sleep(.05)
             stored, _ = load_stage(stage.path)
+        self.waited += time.perf_counter() - start
         self.seconds[stage.name] = stored["seconds"]
         return stored["value"]
 
@@ -432,22 +425,12 @@ class Stages:
                       f"{left:.1f} min left]", flush=True)
         return [stage.value for stage in stages]
 
-    def select_finished(self, stages: list[Stage]) -> list[Stage]:
-        """Those of some stages whose values are in the folder."""
-        finished = []
-        for stage in stages:
-            stored, _ = load_stage(stage.path)
-            if stored:
-                stage.value = stored["value"]                      # so its file is read once
-                finished.append(stage)
-        return finished
-
 
 PARTS = 8    # a long stage is split into at most so many parts, which the workers share
 
 
 def part_indices(count: int) -> range:
-    """The indices of the parts into which Tensor.chunk(PARTS) splits `count` rows."""
+    """The indices of the parts that Tensor.chunk(PARTS) makes of `count` rows: 9 rows, 5 parts."""
     return range(len(torch.empty(count).chunk(PARTS)))
 
 
@@ -464,31 +447,34 @@ def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> None:
 
 
 # -------------------------------------------------------------------------------------- 4. workers
-# glibc returns freed memory to the system and faults it in again, a third of the time of a small
-# model's step, unless told otherwise. Other systems ignore these variables.
+# Unless these thresholds forbid it, glibc returns freed memory to the system and asks for it again:
+# a third of the time of a small model's step. Other systems ignore them.
 WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**32),
                       "MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "1"}
 
 
 def choose_device(name: str | None) -> str:
     """The device of this name, or the best one. Raises UserError if the machine lacks it."""
+    # the best first
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     available = [kind for kind, backend in backends.items() if backend.is_available()]
     device = available[0] if name is None else name
+    is_available = device.split(":")[0] in available
     try:
-        assert device.split(":")[0] in available
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError):
+        is_available = False
+    if not is_available:
         raise UserError(f"--device {device} is not on this machine; it has "
-                        f"{', '.join(available)}") from None
+                        f"{', '.join(available)}")
     return device
 
 
 def default_workers(device: str) -> int:
-    """One worker a core, at most 16; four a GPU."""
+    """One worker a core, at most 16; four a GPU, for all GPUs if the device is `cuda`."""
     if device.startswith("cpu"):
         return min(os.cpu_count() or 1, 16)
-    return 4 * max(torch.cuda.device_count(), 1)
+    return 4 * (max(torch.cuda.device_count(), 1) if device == "cuda" else 1)
 
 
 def run_worker(rank: int, workers: int, folder: str | None, function: Callable, device: str,
@@ -510,7 +496,7 @@ def run_worker(rank: int, workers: int, folder: str | None, function: Callable, 
 
     def is_first_error() -> bool:
         is_first = store.add("errors", 1) == 1
-        time.sleep(0 if is_first else .5)    # the end of one worker ends the others: let it print
+        time.sleep(0 if is_first else .5)    # the first exit ends all: let the first error print
         return is_first
 
     return run_program(lambda: function(rank, store, device, *arguments), is_first_error)
@@ -524,7 +510,8 @@ def worker_process(*arguments) -> None:
 def launch(function: Callable, workers: int, device: str, *arguments) -> int:
     """Run function(rank, store, device, *arguments) in several processes; returns an exit code.
 
-    Under torchrun, this process is already one of them. Raises UserError if a worker was killed.
+    Under torchrun, this process is already one of them. Raises UserError if a signal killed a
+    worker (not on Windows).
     """
     if "RANK" in os.environ:
         rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -574,7 +561,7 @@ class UserLoss:
         except (KeyboardInterrupt, LossError):
             raise
         except BaseException as error:                             # SystemExit too
-            lines = [getattr(error, "lineno", None) or "?"]
+            lines = [getattr(error, "lineno", None) or "?"]        # of a SyntaxError
             lines += [line for frame, line in traceback.walk_tb(error.__traceback__)
                       if os.path.realpath(frame.f_code.co_filename) == os.path.realpath(self.path)]
             raise LossError(f"{self.place} raised {type(error).__name__} in {self.path}, line "
@@ -595,13 +582,13 @@ class UserLoss:
                             "logp_w or logp_l there, or detaches them")
         return value
 
-    def try_once(self, beta: float = .5) -> None:
+    def try_once(self) -> None:
         """One call on ordinary pairs: the loss and its gradient must be finite."""
         logp_w = torch.tensor([-20., -31., -25., -44., -28.], requires_grad=True)
         logp_l = torch.tensor([-22., -29., -40., -43., -26.], requires_grad=True)
         pair = Pair(logp_w, logp_l, logp_w.detach() - 1., logp_l.detach() + .5,
                     torch.arange(20, 25), torch.arange(24, 29))
-        value = self(pair, beta)
+        value = self(pair, .5)
         slopes = torch.autograd.grad(value.sum(), (logp_w, logp_l), allow_unused=True)
         slopes = [slope for slope in slopes if slope is not None]
         if not slopes:
@@ -614,7 +601,10 @@ class UserLoss:
 
 
 def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, UserLoss]:
-    """Users' losses by the names of their functions. Raises LossError if one is `reserved`."""
+    """Users' losses by the names of their functions.
+
+    Raises LossError if a name is in `reserved`, longer than 100 characters, or there twice.
+    """
     losses = {name.rpartition(":")[2]: UserLoss(name) for name in names}
     taken = [name for name in losses if name in reserved or len(name) > 100]
     if len(losses) < len(names) or taken:
@@ -637,24 +627,22 @@ def is_known(text: str) -> bool:
 
 
 def parse_preference(line: str) -> dict:
-    """A line of a file of preferences. Raises ValueError if nothing can be learned from it.
-
-    A preference with `ids` was sampled from a policy, whose responses may be anything.
-    """
+    """A line of a file of preferences. Raises ValueError if nothing can be learned from it."""
     try:
         pair = json.loads(line)
         texts = [pair[name] for name in ("prompt", "chosen", "rejected")]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError('not a JSON object {"prompt": ..., "chosen": ..., "rejected": '
                          "...}") from None
-    is_sampled = "ids" in pair
-    must_have_words = texts[:1] if is_sampled else texts
-    if not all(isinstance(x, str) for x in texts) or not all(x.strip() for x in must_have_words):
-        raise ValueError("prompt, chosen and rejected must be text, and not empty")
-    if not is_sampled and texts[1] == texts[2]:
+    if not all(isinstance(x, str) for x in texts) or not texts[0].strip():
+        raise ValueError("prompt, chosen and rejected must be text, and the prompt not empty")
+    if "response_ids" in pair:    # exported: what a policy wrote may be anything
+        return pair
+    if not all(map(is_known, texts)):
+        raise ValueError("a text is empty, or most of its words are in no review: pi_ref cannot "
+                         "know it")
+    if texts[1] == texts[2]:
         raise ValueError("chosen and rejected are the same: there is nothing to learn from them")
-    if not is_sampled and not all(map(is_known, texts)):
-        raise ValueError("most words of a text are in no review: pi_ref cannot know them")
     return pair
 
 
@@ -670,7 +658,7 @@ def read_pairs(path: str) -> list[dict]:
     if not text:
         raise UserError(f"--pairs: {path} holds no pairs")
     pairs = []
-    for number, line in enumerate(text.split("\n"), 1):           # JSON may hold other line ends
+    for number, line in enumerate(text.split("\n"), 1):    # not splitlines: JSON may hold U+2028
         try:
             pairs.append(parse_preference(line))
         except ValueError as error:
@@ -679,47 +667,35 @@ def read_pairs(path: str) -> list[dict]:
 
 
 def export_preferences(encoding, preferences: Preferences) -> list[dict]:
-    """One object for each pair: prompt, chosen, rejected, and what `encode_pairs` needs.
+    """One object for each pair: prompt, chosen, rejected, and what `encode_preference` needs.
 
-    `group` is the prompt's number, `rows` which of its completions are chosen and rejected, `ids`
-    the tokens of prompt, chosen and rejected.
+    `prompt_ids` and `response_ids` map each text to its tokens. If chosen and rejected are the same
+    text, which only --labels bt allows, these are the tokens of the rejected one. Pairs of one
+    prompt have the same `group`.
     """
-    end, k = encoding.eot_token, preferences.k
-    prompts, responses = [], []
-    for ids, mask in zip(preferences.ids, preferences.mask):
-        positions = mask.nonzero().squeeze(1)
-        prompts.append(ids[:positions[0]].tolist())
-        responses.append(ids[positions].tolist())
+    starts = preferences.mask.int().argmax(1)                      # of the responses
+    prompts = [ids[:start].tolist() for ids, start in zip(preferences.ids, starts)]
+    responses = [ids[mask].tolist() for ids, mask in zip(preferences.ids, preferences.mask)]
     lines = []
     for w, l in zip(preferences.winner.tolist(), preferences.loser.tolist()):
-        ids = [prompts[w], responses[w], responses[l]]
-        texts = [encoding.decode([t for t in row if t != end]) for row in ids]
-        lines.append({**dict(zip(("prompt", "chosen", "rejected"), texts)),
-                      "group": w // k, "rows": [w % k, l % k], "ids": ids})
+        rows = [prompts[w], responses[w], responses[l]]
+        prompt, chosen, rejected = (
+            encoding.decode([t for t in row if t != encoding.eot_token]) for row in rows)
+        lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected,
+                      "group": w // preferences.k, "prompt_ids": {prompt: rows[0]},
+                      "response_ids": {chosen: rows[1], rejected: rows[2]}})
     return lines
 
 
-def encode_preference(encoding, pair: dict, number: int) -> tuple:
-    """The group, the prompt ids, and (key, ids) of chosen and of rejected.
-
-    A text that is still as it was exported keeps its exact tokens, also if chosen and rejected were
-    swapped; its key is (row,). Any other text is encoded, and its key is its token ids. Within a
-    group, equal keys are one completion. A pair that was not exported is a group of its own.
-    """
-    end = encoding.eot_token
-    exported = {}                                                  # text -> (key, ids)
-    if "ids" in pair:
-        rows = [-1, *pair["rows"]]                                 # the prompt has no row
-        for ids, row in zip(pair["ids"], rows, strict=True):
-            text = encoding.decode([t for t in ids if t != end])
-            exported[text] = ((row + 0,), ids)                     # + 0: it must be a number
-    prompt = encoding.encode_ordinary(pair["prompt"])
-    _, prompt = exported.get(pair["prompt"], (None, prompt))
-    responses = []
+def encode_preference(encoding, pair: dict) -> list[list[int]]:
+    """The tokens of prompt, chosen and rejected; a text that was exported keeps its own."""
+    exported = pair.get("prompt_ids", {}).get(pair["prompt"])
+    rows = [exported or encoding.encode_ordinary(pair["prompt"])]
     for name in ("chosen", "rejected"):
-        ids = encoding.encode_ordinary(pair[name]) + [end]
-        responses.append(exported.get(pair[name], (tuple(ids), ids)))
-    return pair.get("group", -number), prompt, *responses
+        exported = pair.get("response_ids", {}).get(pair[name])
+        rows.append(exported or encoding.encode_ordinary(pair[name]) + [encoding.eot_token])
+    encoding.decode(sum(rows, []))                                 # an error if one is no token
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -734,51 +710,53 @@ class UserPairs:
 
 
 def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
-    """The completions of each group of pairs, and the pairs as completions.
+    """The completions of each group of pairs, and the pairs as places among them.
 
-    -> {group: {key: (prompt ids, response ids)}}, and a list of (group, key of chosen, key of
-    rejected); the keys are those of `encode_preference`. Raises UserError that names the line.
+    -> {group: list of response ids}, and (group, place of chosen, place of rejected) of each pair.
+    A group is (`group` of the export, *prompt ids); a pair that was not exported is a group of its
+    own. Raises UserError that names the line.
     """
     groups, comparisons = {}, []
     for number, pair in enumerate(pairs, 1):
-        place = f"{path}, line {number}"
         try:
-            group, prompt, *responses = encode_preference(encoding, pair, number)
-            completions = groups.setdefault(group, {})
+            prompt, *responses = encode_preference(encoding, pair)
+            group = pair.get("group", -number), *prompt
+            completions = groups.setdefault(group, [])
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-            raise UserError(f"{place}: ids, group or rows are not as a run exports them") from None
-        for key, ids in responses:
-            if completions.setdefault(key, (prompt, ids)) != (prompt, ids):
-                raise UserError(f"{place}: group {group} has other texts in an earlier line: two "
-                                "exports in one file?")
-            if len(prompt) + len(ids) > context:
-                raise UserError(f"{place}: {len(prompt) + len(ids)} tokens do not fit into "
-                                f"{context}: shorten it, or use a larger --max-tokens")
-        comparisons.append((group, responses[0][0], responses[1][0]))
+            raise UserError(f"{path}, line {number}: prompt_ids, response_ids or group are not as "
+                            "a run exports them") from None
+        tokens = len(prompt) + max(map(len, responses))
+        if tokens > context:
+            raise UserError(f"{path}, line {number}: {tokens} tokens do not fit into {context}: "
+                            "shorten it, or use a larger --max-tokens")
+        for ids in responses:
+            if ids not in completions:
+                completions.append(ids)
+        comparisons.append((group, *map(completions.index, responses)))
     return groups, comparisons
 
 
 def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> UserPairs:
     """`read_pairs` as tokens; log pi_ref is still 0. Pairs of a group share completions.
 
-    A prompt with fewer completions than others repeats its last one. Raises UserError that names
+    A group with fewer completions than others repeats its last one. Raises UserError that names
     the line.
     """
     context = data.MAX_PROMPT_TOKENS + max_tokens
     groups, comparisons = group_completions(encoding, pairs, context, path)
     k = max(map(len, groups.values()))
-    texts, row_of = [], {}
+    rows, start, first_row = [], [], {}
     for group, completions in groups.items():
-        for completion in sorted(completions):
-            row_of[group, completion] = len(texts)
-            texts.append(completions[completion])
-        texts += texts[-1:] * (-len(texts) % k)                    # until the group has k rows
-    ids, stop = data.pad([prompt + ids for prompt, ids in texts], encoding.eot_token, context)
+        first_row[group] = len(rows)
+        _, *prompt = group
+        repeated = completions[-1:] * (k - len(completions))
+        rows += [prompt + response for response in completions + repeated]
+        start += [len(prompt)] * k
+    ids, stop = data.pad(rows, encoding.eot_token, context)
     columns = torch.arange(ids.shape[1])
-    start = torch.tensor([len(prompt) for prompt, _ in texts])
-    mask = (columns >= start[:, None]) & (columns < stop[:, None])
-    winner = torch.tensor([row_of[group, chosen] for group, chosen, _ in comparisons])
-    loser = torch.tensor([row_of[group, rejected] for group, _, rejected in comparisons])
+    mask = (columns >= torch.tensor(start)[:, None]) & (columns < stop[:, None])
+    winner = torch.tensor([first_row[group] + place for group, place, _ in comparisons])
+    loser = torch.tensor([first_row[group] + place for group, _, place in comparisons])
     order = (winner // k).argsort(stable=True)                     # prompt by prompt
     preferences = Preferences(ids, mask, torch.zeros(len(ids)), winner[order], loser[order], k)
     return UserPairs(json.dumps(pairs), preferences)

@@ -360,10 +360,10 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
     prompt_count = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
     parts = torch.arange(prompt_count).tensor_split(cfg.rounds)    # sizes only, see sample_round
     steps = cfg.epochs * sum(math.ceil(len(part) / cfg.batch_prompts) for part in parts)
-    # The paper uses RMSprop (App. B). A lone gradient moves a parameter, in all later steps
-    # together, by 32 lr if beta2 is .999, as usual, and by 6 lr if it is .95. At .999 what hardly
-    # occurs takes leaps, and after rare prompts the policy loses what pi_ref is sure of
-    # (plots/README.md).
+    # The paper uses RMSprop (App. B). A gradient that only zeros follow moves a parameter, in all
+    # later steps together, by 32 lr if beta2 is .999, as usual, and by 6 lr if it is .95. At .999
+    # the parameters of rare tokens leap, and after rare prompts the policy loses what pi_ref is
+    # sure of (plots/README.md).
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(.9, cfg.adam_beta2),
                                   weight_decay=0., fused=True)
     scheduler = lr_schedule(optimizer, steps)
@@ -562,8 +562,8 @@ def train_sweep(setups: list[Setup]) -> list[Stage]:
     """All policies of Section 6, for every seed.
 
     `get_all` needs each stage after those that it reads. The initial critic of PPO reads the reward
-    model, which takes long, so it comes after the policies of PPO-GT: then no worker waits for the
-    reward model. The critic of PPO-GT needs only the true reward.
+    model, which takes long, so it comes after the policies of PPO-GT: with few workers, none waits
+    for the reward model. The critic of PPO-GT needs only the true reward.
     """
     cfg = setups[0].cfg
     independent, ppo_gt, ppo_critics, remaining = [], [], [], []
@@ -590,7 +590,10 @@ def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> li
 
 
 def find_baselines(setup: Setup) -> list[Stage]:
-    """The policies of Section 6 that are in the folder, trained on pi_ref's pairs."""
+    """The policies of Section 6 with a file in the folder, trained on pi_ref's pairs.
+
+    One whose file is damaged is trained again.
+    """
     # an earlier command may have had other settings: only the names of its files tell them
     settings = {method: set() for method in METHODS}
     pattern = rf"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed{setup.seed}\.\w+\.pt"
@@ -600,7 +603,7 @@ def find_baselines(setup: Setup) -> list[Stage]:
             settings[match[1]].add(float(match[2]))
     setup = setup._replace(user_pairs=None)
     settings = {method: sorted(values) for method, values in settings.items()}
-    return setup.stages.select_finished(policy_stages(setup, settings))
+    return [stage for stage in policy_stages(setup, settings) if stage.path.exists()]
 
 
 def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tuple[Setup, list]:

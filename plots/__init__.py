@@ -1,4 +1,4 @@
-"""The figures, one module each: `measure` computes what training did not, `draw` needs no more.
+"""The figures, one module each: `measure` computes what training did not, `draw` draws its rows.
 
 This file has what the figures share: styles, statistics, and the choice of the policies to show.
 """
@@ -94,7 +94,7 @@ def prompts_of_split(setup, split: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def evaluation_prompts(setup) -> tuple[Tensor, Tensor]:
-    """The prompts of every evaluation, from held-out reviews: ids (X, P), lengths (X,)."""
+    """The held-out prompts of results.jsonl and of most figures: ids (X, P), lengths (X,)."""
     texts = setup.corpus[setup.cfg.split][:setup.cfg.eval_prompts]
     prompts = data.make_prompts(setup.encoding, texts, data.named_rng("evaluation", setup.cfg.seed))
     return tuple(p.to(setup.device) for p in prompts)

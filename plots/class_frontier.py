@@ -85,8 +85,8 @@ def line_of_policy(name: str, row: dict, contract: str) -> str:
 def table(submissions: dict[int, Curve], baselines: list[dict]) -> str:
     """Number, name, KL, reward, share, and contract: a line for each finished policy, best first.
 
-    DPO has lines too, without a number. Policies that hardly moved come last, then submissions
-    that have no policy.
+    DPO has lines too, without a number. Last come policies that hardly moved, and after them
+    submissions that have no policy.
     """
     lines = [f"{'no.':>3} {'name':<24}{'beta':>8}{'KL':>8}{'reward':>8}{'share':>7}{'+-':>6}  "
              "contract"]

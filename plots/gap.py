@@ -73,11 +73,10 @@ def rank_accuracy(setup, policy, sampler, *names) -> tuple[float, float]:
 
 
 @cached
-def measure_policy(setup, variant: str, stage: Stage) -> dict:
+def measure_policy(setup, variant: str, method: str, stage: Stage) -> dict:
     """The row of a finished policy: its nats by role, and the accuracy of the reward it implies."""
     policy = load_finished_policy(setup, stage)
     final = stage.value["rows"][-1]
-    method = final["method"]
     row = {"figure": "gap", "panel": "nats", "variant": variant, "method": method,
            "setting": final["setting"], "step": final["step"]}
     row.update(nats.policy_nats(setup, policy, evaluation_prompts(setup), method, variant))
@@ -122,14 +121,14 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
         changed, trained = train_variant(setup, fields, settings)
         finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
                     for stage in trained for row in stage.value["rows"] if row["final"]]
-        curve = optimum    # a wider network is another pi_ref, and has another optimum
-        if changed.key != setup.key:
+        curve = optimum
+        if changed.key != setup.key:    # a wider network: another pi_ref, another optimum
             curve = frontier.estimate_optimum(changed, trained)
         tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
         rows += finished
         failed = [stage.value["failure"] for stage in trained if stage.value["failure"]]
         failures += [{**failure, "reason": f"{variant}: {failure['reason']}"} for failure in failed]
-        measurements += [Stage(measure_policy, changed, variant, stage)
+        measurements += [Stage(measure_policy, changed, variant, stage.value["method"], stage)
                          for stage in stages_to_measure(trained)]
     _, beta, _ = dpo.optimal_reward(TARGET_KL, optimum)    # the slope of the frontier is its beta
     proposals = frontier.choose_proposals(setup, sweep)

@@ -64,8 +64,8 @@ def draw(rows: list[dict], optimum: dict, path) -> None:
     panels = dict(zip(PANELS, axes.T.flat))
     betas = sorted({row["setting"] for row in rows})
     for i, beta in enumerate(betas):
-        darkness = 1 - i / max(len(betas) - 1, 1)
-        colour = plt.colormaps["cividis"](.85 * darkness)    # a larger beta is darker
+        lightness = 1 - i / max(len(betas) - 1, 1)
+        colour = plt.colormaps["cividis"](.85 * lightness)    # a larger beta is darker
         draw_beta(panels, [row for row in rows if row["setting"] == beta], colour)
     for name, axis in panels.items():
         axis.set_title(PANELS[name], fontsize=12)

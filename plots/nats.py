@@ -72,7 +72,7 @@ def sum_by_role(setup, values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_log_ratio(policy: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi/pi_ref of each response token (B, T); its sum has the mean KL under y ~ pi."""
+    """log pi/pi_ref of each response token (B, T); the mean of its sum over y ~ pi is the KL."""
     return response_token_logp(policy, ids, mask) - response_token_logp(ref, ids, mask)
 
 

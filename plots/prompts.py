@@ -26,7 +26,7 @@ GROUPS = {"seen": "prompts of the training", "unseen": "new prompts"}
 
 
 def seen_in_training(setup, prompts: tuple[Tensor, Tensor]) -> Tensor:
-    """Which of the prompts, ids (X, P) and lengths (X,), are training prompts, token for token."""
+    """Which prompts, ids (X, P) and lengths (X,), pi_ref completed for training, by tokens."""
     train_prompts = prompts_of_split(setup, "train", setup.cfg.prompts)
     train = {tuple(row[:n]) for row, n in zip(*(p.tolist() for p in train_prompts))}
     return torch.tensor([tuple(row[:n]) in train for row, n in zip(*(p.tolist() for p in prompts))])
@@ -47,10 +47,12 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     log_z = dpo.log_partition(log_weight - math.log(reward.shape[1]), reward, beta)
     rows = [{"figure": "prompts", "panel": "log Z", "beta": beta, "length": int(n), "log_z": z,
              "seen": bool(s)} for n, z, s in zip(lengths, log_z.tolist(), seen)]
-    optima = {"seen": optimum_from_samples(reward[seen], log_weight[seen]),
-              "unseen": optimum_from_samples(reward[~seen], log_weight[~seen])}
+    groups = {"seen": seen, "unseen": ~seen}
+    groups = {name: members for name, members in groups.items() if members.sum() > 1}
+    optima = {name: optimum_from_samples(reward[members], log_weight[members])
+              for name, members in groups.items()}
     for policy, model in zip(policies[1:], models[1:]):    # pi_ref has no share
-        rows += share_rows(setup, policy, model, prompts, {"seen": seen, "unseen": ~seen}, optima)
+        rows += share_rows(setup, policy, model, prompts, groups, optima)
     return rows
 
 
@@ -97,13 +99,13 @@ def draw_shares(axis, rows: list[dict]) -> None:
             axis.bar([i + (-.19 if is_seen else .19)], [row["share"]], .36,
                      yerr=[row["share_se"]], **paired_bar_style(is_seen, STYLE[method][1]),
                      lw=1.5, ecolor="0.25", capsize=3)
-    for group, label in GROUPS.items():
-        count = next(row["prompts"] for row in rows if row["group"] == group)
-        axis.bar([0], [0], **paired_bar_style(group == "seen", "0.4"), label=f"{count} {label}")
+    for group, count in {row["group"]: row["prompts"] for row in rows}.items():
+        axis.bar([0], [0], **paired_bar_style(group == "seen", "0.4"),
+                 label=f"{count} {GROUPS[group]}")
     labels = []
     for method in methods:
-        seen, unseen = (row["kl"] for row in rows if row["method"] == method)
-        labels.append(f"{short_label(method)}\nKL {seen:.1f} and {unseen:.1f}")
+        kls = [f"{row['kl']:.1f}" for row in rows if row["method"] == method]
+        labels.append(f"{short_label(method)}\nKL {' and '.join(kls)}")
     axis.set_xticks(range(len(methods)), labels)
     axis.axhline(1, color="0.25", lw=2)
     axis.set(ylim=(0, 1.3))

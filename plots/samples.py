@@ -6,7 +6,8 @@ import re
 
 import data
 from model import generate
-from plots import REFERENCE, checkpoint_near_kl, evaluation_prompts, load_policy, styles_of
+from plots import evaluation_prompts, load_policy, styles_of
+from plots.winrate import policies_to_compare
 
 PROMPTS = 4
 METHODS = "dpo", "ppo", "ppo_gt", "preferred_ft", "unlikelihood"
@@ -14,26 +15,20 @@ HEADER = [    # lines of Markdown
     "# What the policies write",
     "",
     "One response of each policy to each of the first evaluation prompts, with the true reward of",
-    "prompt and response together. No response was selected. Of each method this is the policy,",
-    "finished or on the way, whose KL is nearest to 2 nats. All policies use the same random",
-    "numbers, so their texts agree as long as the policies do.",
+    "prompt and response together. No response was selected. Of each method this is the finished",
+    "policy nearest to KL 2 nats, or one during training if only that is within .2. All policies",
+    "use the same random numbers, so their texts agree as long as the policies do.",
 ]
 
 
 # ---------------------------------------------------------------------------------------- measuring
-def policies_to_show(runs: list[dict]) -> list[dict]:
-    """pi_ref, then the policy of each method whose KL is nearest to 2 nats."""
-    nearest = [checkpoint_near_kl(runs, method) for method in METHODS]
-    return [REFERENCE, *(policy for policy in nearest if policy)]
-
-
 def measure(setup, runs: list[dict]) -> list[dict]:
     """One response of each policy to each of the first evaluation prompts; none is selected."""
     encoding = setup.encoding
     ids, lengths = (p[:PROMPTS] for p in evaluation_prompts(setup))
     prompts = [encoding.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     rows = []
-    for policy in policies_to_show(runs):
+    for policy in policies_to_compare(runs, METHODS):
         # the same random numbers for all methods
         generator = data.named_generator("samples", setup.cfg.seed, device=setup.device)
         model = load_policy(setup, policy["state"])

@@ -1,10 +1,11 @@
 """Fig. 2, right, and Fig. 3: win rate against sampling temperature, and over the training of DPO.
 
 The opponent of a response is the review whose beginning is the prompt. The higher true reward wins,
-and a tie counts half. Each method is represented by its policy, finished or on the way, whose KL at
-temperature 1 is nearest to 2 nats; Best-of-N by N = 16, whose KL is at most 1.8. The paper (TL;DR,
-evaluated by GPT-4): DPO wins 61% at temperature 0; PPO wins 57% at its best temperature, which is
-also 0. As the temperature rises, PPO falls to the level of the model before SFT, and DPO does not.
+and a tie counts half. Each method is represented by its finished policy nearest to KL 2 nats at
+temperature 1, or one during training if only that is within .2; Best-of-N by N = 16, whose KL is at
+most 1.84. The paper (TL;DR, evaluated by GPT-4): DPO wins 61% at temperature 0; PPO wins 57% at its
+best temperature, which is also 0. As the temperature rises, PPO falls to the level of the model
+before SFT, and DPO does not.
 
 A policy that writes nearly the same text for all prompts wins or loses by luck, and the standard
 error over prompts does not contain this luck. `distinct` counts the different rewards of the
@@ -52,9 +53,9 @@ def review_prompts(setup, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tens
     return (ids.to(setup.device), lengths.to(setup.device)), reward
 
 
-def policies_to_compare(runs: list[dict]) -> list[dict]:
+def policies_to_compare(runs: list[dict], methods: tuple[str, ...] = METHODS) -> list[dict]:
     """pi_ref, and of each method the policy that is nearest to KL 2 (`checkpoint_near_kl`)."""
-    policies = [checkpoint_near_kl(runs, method) for method in METHODS]
+    policies = [checkpoint_near_kl(runs, method) for method in methods]
     return [REFERENCE, *(policy for policy in policies if policy)]
 
 
@@ -162,13 +163,13 @@ def draw_temperatures(axis, rows: list[dict]) -> None:
     axis.set_ylabel("win rate against the review itself", fontsize=14)
 
 
-def draw_training(axis, finished: list[dict], checkpoints: list[dict]) -> None:
+def draw_training(axis, compared: list[dict], checkpoints: list[dict]) -> None:
     """Win rate over the steps of DPO: a curve from SFT on for each temperature."""
     _, colour, marker = STYLE["dpo"]
     for temperature, line in CHECKPOINT_LINES.items():
         curve = [row for row in checkpoints if row["temperature"] == temperature]
         if curve:
-            sft = [row for row in finished
+            sft = [row for row in compared
                    if row["method"] == "sft" and row["temperature"] == temperature]
             curve = [{**row, "step": 0} for row in sft] + curve
         x = [row["step"] for row in curve]
@@ -184,10 +185,10 @@ def draw_training(axis, finished: list[dict], checkpoints: list[dict]) -> None:
 def draw(rows: list[dict], path) -> None:
     """Left: the methods at all temperatures. Right: DPO's checkpoints at two of them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.4), sharey=True)
-    finished = [row for row in rows if row["panel"] == "temperature"]
+    compared = [row for row in rows if row["panel"] == "temperature"]
     checkpoints = [row for row in rows if row["panel"] == "training"]
-    draw_temperatures(left, finished)
-    draw_training(right, finished, checkpoints)
+    draw_temperatures(left, compared)
+    draw_training(right, compared, checkpoints)
     for axis, columns in ((left, 2), (right, 1)):
         axis.axhline(.5, color="0.5", ls=":", lw=1.2, zorder=0)
         axis.grid(alpha=.25)

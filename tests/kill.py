@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "train.py", "--preset", "tiny", "--device", "cpu", "--workers", "2"]
 MESSAGE = "the same command continues"    # Ctrl-C must print it
 NOT_READ_AGAIN = (    # by the command after a whole run
-    "make-prompts", "make-corpus-restaurant", "sample-completions-part-validation")
+    "prompts-of-split-train", "make-corpus-restaurant", "sample-completions-part-validation")
 DAMAGES = "truncated", "empty", "foreign", "another's"
 
 

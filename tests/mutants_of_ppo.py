@@ -254,16 +254,22 @@ def policy_loss_summed(original, *arguments):
         return original(*arguments)
 
 
+def adam_without(option):
+    """Context in which Adam ignores an option of its caller."""
+    adam = torch.optim.Adam
+
+    def create(parameters, **options):
+        del options[option]
+        return adam(parameters, **options)
+
+    return mock.patch("torch.optim.Adam", create)
+
+
 @plant("Adam has its default epsilon in PPO, 1e-8",
        "ppo.train_ppo",
        "ppo_follows_the_trace_of_its_recipe")
 def default_eps(original, *arguments):
-    adam = torch.optim.Adam
-
-    def with_default_eps(parameters, eps, **options):
-        return adam(parameters, **options)
-
-    with mock.patch("torch.optim.Adam", with_default_eps):
+    with adam_without("eps"):
         yield from original(*arguments)
 
 
@@ -271,12 +277,7 @@ def default_eps(original, *arguments):
        "ppo.train_ppo",
        "ppo_follows_the_trace_of_its_recipe")
 def default_betas(original, *arguments):
-    adam = torch.optim.Adam
-
-    def with_default_betas(parameters, betas, **options):
-        return adam(parameters, **options)
-
-    with mock.patch("torch.optim.Adam", with_default_betas):
+    with adam_without("betas"):
         yield from original(*arguments)
 
 

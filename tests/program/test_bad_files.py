@@ -52,14 +52,11 @@ def test_foreign_files_in_the_folder_are_no_runs(tmp_path, monkeypatch):
                  "dpo-4.0-seed1.0123abcd.pt", "dpo-2.0-seed0.0123abcd.pt"):
         (tmp_path / f"train-policy-{name}").touch()
 
-    def requested_runs(stages, requested):
-        """Replaces `Stages.select_finished`, which would load the runs."""
-        return [run for run, *_ in (stage.arguments for stage in requested)]
-
-    monkeypatch.setattr(harness.Stages, "select_finished", requested_runs)
+    monkeypatch.setattr(harness.Stage, "path", tmp_path)    # which exists, unlike that of its hash
     stages = harness.Stages(tmp_path, store=None)
     setup = train.Setup(train.Config(), 0, stages, "cpu", "", None, None, None)
-    assert train.find_baselines(setup) == [train.Run("dpo", 2.)]
+    runs = [stage.arguments[0] for stage in train.find_baselines(setup)]
+    assert runs == [train.Run("dpo", 2.)]
 
 
 # ------------------------------------------------------------------------------------- --loss files
@@ -198,12 +195,12 @@ BAD_FIRST_LINES = [
     with_prompt('"\u6620\u753b"'),
     with_prompt(f'"{"This western " * 99}"'),
     LINE.replace(REJECTED, CHOSEN),
-    with_prompt('"", "ids": [[], [1], [2]], "rows": [0, 1]'),
-    with_columns('"ids": 3'),
+    with_prompt('"", "prompt_ids": {"": [1]}, "response_ids": {}'),
+    with_columns('"response_ids": 3'),
     with_columns('"group": []'),
-    with_columns('"ids": [[-1], [1], [2]], "rows": [0, 1]'),
-    with_columns('"ids": [[99999], [1], [2]], "rows": [0, 1]'),
-    with_columns('"ids": [[1], [2], [3]], "rows": [1, "x"]')]
+    with_columns(f'"prompt_ids": {{{PROMPT}: [-1]}}'),
+    with_columns(f'"prompt_ids": {{{PROMPT}: [99999]}}'),
+    with_columns(f'"prompt_ids": {{{PROMPT}: "x"}}')]
 BAD_SECOND_LINES = [
     "\n" + LINE, LINE[:-1], LINE.replace("chosen", "Chosen"), LINE.replace(REJECTED, ""),
     LINE.replace(REJECTED, REJECTED * 999)]

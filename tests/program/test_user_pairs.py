@@ -61,18 +61,25 @@ def responses(preferences):
     return [(rows[w], rows[l]) for w, l in zip(preferences.winner, preferences.loser)]
 
 
+def prompts(preferences):
+    """The prompt of each pair's winner, as a list of ids."""
+    rows = [ids[:mask.int().argmax()].tolist() for ids, mask
+            in zip(preferences.ids, preferences.mask)]
+    return [rows[w] for w in preferences.winner]
+
+
 # --------------------------------------------------------------------------- pairs that can be used
 def test_exported_preferences_are_read_back_token_for_token(encoding, tmp_path):
-    """ids, masks, groups and pairs are those of the export, whatever tokens spell the same text."""
+    """Prompts, responses and pairs are those of the export, whatever tokens spell the same text.
+
+    Pairs of a prompt share completions: 2 different ones for the first prompt, 3 for the second.
+    """
     exported = export(tmp_path / "p.jsonl", encoding)
     loaded = encode(encoding, harness.read_pairs(tmp_path / "p.jsonl"))
-    width = exported.ids.shape[1]
-    mask, ids = loaded.mask[:, :width], loaded.ids[:, :width]
-    assert torch.equal(mask, exported.mask)
-    assert torch.equal(ids[exported.mask], exported.ids[exported.mask])
-    assert torch.equal(loaded.winner, exported.winner)
-    assert torch.equal(loaded.loser, exported.loser)
-    assert loaded.k == exported.k
+    assert responses(loaded) == responses(exported)
+    assert prompts(loaded) == prompts(exported)
+    assert (loaded.k, len(loaded.ids)) == (3, 6)
+    assert (loaded.winner // 3).tolist() == (exported.winner // 3).tolist()
 
 
 def test_labels_that_are_flipped_in_the_file_are_flipped_in_training(encoding, tmp_path):
@@ -122,24 +129,23 @@ def test_lines_may_stand_in_any_order(encoding, tmp_path):
         assert groups.diff().min() >= 0, f"pairs of a prompt are not consecutive: {groups.tolist()}"
 
 
-# ------------------------------------------------------------------------ pairs that cannot be used
-def test_two_exports_in_one_file_are_refused(encoding, tmp_path):
-    """Two exports both number their prompts from 0, but with different texts."""
+def test_two_exports_in_one_file_stay_apart(encoding, tmp_path):
+    """Two exports both number their prompts from 0: other prompts of a number are other groups."""
     export(tmp_path / "p.jsonl", encoding)
     line = harness.read_jsonl(tmp_path / "p.jsonl")[0]
-    prompt_ids, chosen_ids, rejected_ids = line["ids"]
-    other = {**line, "ids": [prompt_ids, rejected_ids, chosen_ids],
-             "chosen": line["rejected"], "rejected": line["chosen"]}
-    with pytest.raises(harness.UserError, match="line 2.*two exports"):
-        encode(encoding, [line, other])
+    loaded = encode(encoding, [line, {**line, "prompt": "This western"}])
+    assert (loaded.winner // loaded.k).tolist() == [0, 1]
+    assert prompts(loaded) == [encoding.encode(line["prompt"]), encoding.encode("This western")]
+    assert responses(loaded)[0] == responses(loaded)[1]
 
 
+# ------------------------------------------------------------------------ pairs that cannot be used
 BAD_LINES = {    # line: words of the error
     "{": "not a JSON object",
     "[1, 2]": "not a JSON object",
     "null": "not a JSON object",
     '{"prompt": "This western"}': "not a JSON object",
-    json.dumps({**PLAIN_PAIR, "chosen": ""}): "not empty",
+    json.dumps({**PLAIN_PAIR, "chosen": ""}): "is empty",
     json.dumps({**PLAIN_PAIR, "prompt": "  "}): "not empty",
     json.dumps({**PLAIN_PAIR, "rejected": 3}): "must be text",
     json.dumps({**PLAIN_PAIR, "chosen": TEXTS[2]}): "the same",
@@ -160,13 +166,14 @@ def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
 
 
 BAD_COLUMNS = [
-    {"ids": 3, "rows": [0, 1]},
-    {"ids": [[1], [2]], "rows": [0, 1]},
-    {"ids": [[10**9], [1], [2]], "rows": [0, 1]},
-    {"ids": [[-1], [1], [2]], "rows": [0, 1]},
-    {"ids": [["a"], [1], [2]], "rows": [0, 1]},
-    {"ids": [[1], [2], [3]], "rows": "ab"},
-    {"ids": [[1], [2], [3]]},
+    {"prompt_ids": 3},
+    {"prompt_ids": {TEXTS[0]: 3}},
+    {"prompt_ids": {TEXTS[0]: [10**9]}},
+    {"response_ids": []},
+    {"response_ids": {TEXTS[1]: [-1]}},
+    {"response_ids": {TEXTS[1]: ["a"]}},
+    {"response_ids": {TEXTS[2]: "ab"}},
+    {"response_ids": None},
     {"group": []},
     {"chosen": TEXTS[1] * 60}]    # too long
 

@@ -2,6 +2,7 @@
 
 With this folder in PYTHONPATH, Python imports this file at every start, also in worker processes.
 """
+import asyncio  # noqa: F401  (torch imports it; from Python 3.12 on it needs os.sysconf on Unix)
 import os
 import signal
 import sys
