@@ -25,6 +25,8 @@ def test_waiting_for_another_worker_is_no_part_of_the_seconds_of_a_stage(tmp_pat
     workers = [harness.Stages(tmp_path, store) for _ in range(2)]
     slow, quick = (train.Setup(train.Config(), 0, stages, "cpu", "", None, None, None)
                    for stages in workers)
+    for function in (slow_stage, stage_that_reads_it):
+        assert harness.Stage(function, slow).path    # reads their code, which takes a while once
     with ThreadPoolExecutor() as pool:
         computed = pool.submit(slow_stage, slow)
         time.sleep(.2)    # until the first worker has claimed its stage
