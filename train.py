@@ -499,7 +499,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
     Each `next(training_steps)` updates the policy in place and yields its statistics. `result` gets
     `step`, `rows`, and `checkpoints`, the policies of the rows; it is filled in place so that they
     survive an exception. A row is an evaluation, the `seconds` of training until then, and the
-    means of the statistics since the previous row.
+    means of the statistics of its interval of steps.
     """
     def add_row(is_final: bool) -> None:    # reads the variables of the loop below
         samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
