@@ -194,9 +194,8 @@ def token_logp(logits: Tensor, ids: Tensor) -> Tensor:
 
     The off-by-one of all language models: the logits at t-1 predict the token at t. So entry t-1 of
     the result belongs to ids[t], the first token has no probability, and the last logits predict
-    nothing that we have. `response_token_logp` puts each value back at its token, t. The same shift
-    is in `predicts_response`, `sequence_logp`, `response_logits`, `dpo.dpo_gradient_logits` and
-    `ppo.states_before_tokens`.
+    nothing. `response_token_logp` puts the values back at t. The same shift: `predicts_response`,
+    `sequence_logp`, `response_logits`, `dpo.dpo_gradient_logits`, `ppo.states_before_tokens`.
     """
     return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
@@ -310,20 +309,19 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     ids = prompts_with_filler(prompts, prompt_lengths, T, end)
     rows = torch.arange(B, device=device)                                    # rows still computed
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
-    begin = prompt_lengths                                                   # of the response
     kv_caches = model.new_caches(B, T)
     x = ids[:, :shortest]                                                    # the next to read
     for t in range(shortest, T):
         logits = model.logits(model.hidden(x, kv_caches, t - x.shape[1])[:, -1])    # (rows, V)
         u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
-        sampled = alive & (t >= begin)
+        sampled = alive & (t >= prompt_lengths)
         if logp_out is not None:
             logp = log_softmax(logits).gather(1, token[:, None]).squeeze(1)
             logp_out[rows, t] = logp.masked_fill(~sampled, 0.)
         token = torch.where(sampled, token, ids[rows, t])                    # else prompt or filler
         ids[rows, t] = token
-        alive &= ~(sampled & (token == end)) & (t + 1 < begin + max_tokens)
+        alive &= ~(sampled & (token == end)) & (t + 1 < prompt_lengths + max_tokens)
         x = token[:, None]
         if t % 4 > 0:    # nonzero() waits for the device, so ended rows are dropped every 4 steps
             continue
@@ -331,7 +329,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
         if len(keep) == 0:
             return ids[:, :t + 1]
         if len(keep) < .8 * len(rows):                                       # drop the ended rows
-            rows, x, alive, begin = (y[keep] for y in (rows, x, alive, begin))
+            rows, x, alive, prompt_lengths = (y[keep] for y in (rows, x, alive, prompt_lengths))
             kv_caches = [cache[:, keep] for cache in kv_caches]
     return ids
 

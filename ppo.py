@@ -19,8 +19,7 @@ Ziegler et al. 2019):
       to the scores of pi_ref's samples before PPO begins; then only its last layer learns.
                                                                              -> `pretrain_critic`
   (g) Adam with epsilon 1e-5 and beta2 .95 (.999 is usual; see `train_on_pairs` in train.py);
-      learning rate warmed up, then annealed to 0; no dropout; sampling and scoring at temperature
-      1.
+      learning rate warmed up, then annealed to 0; no dropout; temperature 1 throughout.
 Left out: an entropy bonus (the KL penalty already contains one), a penalty for a missing end token
 and reward clipping (either would change the true reward), gradient clipping and early stopping on
 KL (neither was needed).
@@ -181,8 +180,8 @@ def pretrain_critic(ref: GPT, ids: Tensor, mask: Tensor, score: Callable[[Tensor
                     batch: int, lr: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Fit a critic V(x, y_<t) = E[score | x, y_<t], y ~ pi_ref, to samples of pi_ref.
 
-    For one epoch. PPO's own episodes are too few to learn values from nothing. ids (C, T), mask
-    (C, T) are samples of pi_ref; score(ids, mask) -> (B,). Returns the parameters of the critic, a
+    PPO's own episodes are too few to learn values from nothing. ids (C, T), mask (C, T) are samples
+    of pi_ref, used for one epoch; score(ids, mask) -> (B,). Returns the parameters of the critic, a
     ScalarModel.
     """
     critic = ScalarModel(ref)

@@ -100,7 +100,7 @@ def test_every_step_of_every_round_is_that_of_the_recipe():
     reported = list(progress)
     statistics = []
     rates = [.01 * rate for rate in (1., 50 / 54, 40 / 54, 30 / 54, 20 / 54, 10 / 54)]
-    descend(expected, losses_of_rounds(setup, expected, statistics), rates, 
+    descend(expected, losses_of_rounds(setup, expected, statistics), rates,
             betas=(.9, setup.cfg.adam_beta2))
     assert steps == 6, f"3 rounds of 2 epochs of one batch are 6 steps, not {steps}"
     agree_in_statistics(reported, statistics)

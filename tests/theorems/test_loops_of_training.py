@@ -240,8 +240,7 @@ def test_every_step_on_pairs_is_adamw_on_the_mean_loss_of_its_pairs():
     statistics = []
     losses = [partial(equation_7, expected, pairs, pairs.ref_logp, beta, batch.tolist(), statistics)
               for batch in batches]
-    descend(expected, losses, [lr, lr * 15 / 18, lr * 10 / 18, lr * 5 / 18],
-            betas=(.9, .7))
+    descend(expected, losses, [lr, lr * 15 / 18, lr * 10 / 18, lr * 5 / 18], betas=(.9, .7))
     assert steps == 4, f"2 epochs over 4 prompts with pairs are 4 steps of 3 prompts, not {steps}"
     agree_in_statistics(reported, statistics)
     agree_in_parameters(
