@@ -22,8 +22,7 @@ def stop(*_) -> None:
     os._exit(130)
 
 
-MAIN_FILE = getattr(sys.modules["__main__"], "__file__", None) or ""
-if os.path.basename(MAIN_FILE) == "train.py" or multiprocessing.parent_process():
+if os.path.basename(sys.argv[0]) == "train.py" or multiprocessing.parent_process():
     signal.signal(signal.SIGINT, stop)    # before torch is imported, which takes seconds
 
 import argparse
@@ -42,11 +41,10 @@ import tempfile
 import time
 import traceback
 import zipfile
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Callable, Iterable
 
 import torch
-import torch.multiprocessing
 from torch import Tensor
 
 import data
@@ -59,26 +57,27 @@ class UserError(Exception):
     """Something that the user can fix; the message names the cause and the fix."""
 
 
-def run_program(main: Callable[[], int], may_print: Callable[[], bool] = lambda: True) -> int:
+def run_program(main: Callable[[], int], store: torch.distributed.Store | None = None) -> int:
     """The exit code of main(), or 2 and one line on stderr for an error that the user can fix.
 
-    Of several workers that meet the same error, only one may print it (`may_print`).
+    Of several workers, which share a store, only the first that meets an error prints it.
     """
     try:
         return main()
     except UserError as error:
         message = str(error)
     except OSError as error:
-        message = (f"cannot read or write {error.filename or 'the output'}: {error.strerror}; "
-                   "make it writable, or choose another --out")
+        message = (f"cannot read or write {error.filename or 'the output'}: "
+                   f"{error.strerror or error}; make it writable, or choose another --out")
     except (MemoryError, RuntimeError) as error:                   # torch raises RuntimeError
-        is_memory = re.search("allocate|out of memory", str(error))
-        if isinstance(error, RuntimeError) and not is_memory:
+        if not (isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error))):
             raise
         message = ("out of memory; use fewer --workers, or a smaller --width, --batch-prompts or "
                    "--optimum-samples")
-    if may_print():
+    if store is None or store.add("errors", 1) == 1:
         print("train.py: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(.5)    # the first exit ends all workers: let the first error print
     return 2
 
 
@@ -96,15 +95,13 @@ def parse_value(flag: str, field: dataclasses.Field, text: str):
     """
     is_list = isinstance(field.default, tuple)
     kind = type(field.default[0] if is_list else field.default)
-    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    low, high = field.metadata["low"], field.metadata["high"]
     try:
         values = [kind(part) for part in (text.split(",") if is_list else [text])]
     except ValueError:
         numbers = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{flag} takes {numbers}, not {text!r}") from None
-    if choices and text not in choices:
-        raise UserError(f"{flag} is one of {', '.join(choices)}, not {text!r}")
-    if kind is not str and not all(low <= x <= high and math.isfinite(x) for x in values):
+    if kind is not str and not all(low <= x <= high for x in values):
         raise UserError(f"{flag} must be from {low:g} to {high:g}, not {text!r}")
     if len(set(values)) < len(values):
         raise UserError(f"{flag} lists a value twice: {text!r}")
@@ -122,6 +119,7 @@ class Parser(argparse.ArgumentParser):
             flag = "--" + field.name.replace("_", "-")
             meaning = field.metadata["meaning"].replace("%", "%%")
             self.add_argument(flag, type=functools.partial(parse_value, flag, field),
+                              choices=field.metadata["choices"] or None,
                               metavar="NAME" if field.metadata["choices"] else "N",
                               default=argparse.SUPPRESS,
                               help=f"{meaning} (default: {field.default})")
@@ -177,89 +175,62 @@ ROOT = pathlib.Path(__file__).resolve().parent
 NOT_HASHED = "Config", "Setup", "Stage", "cached"
 
 
-def project_file(module: str | None) -> pathlib.Path | None:
-    """The file of a module of this project; None for any other module."""
-    if module is None:
-        return None
-    path = ROOT.joinpath(*module.split("."))
-    candidates = path.with_suffix(".py"), path / "__init__.py"
-    return next((file for file in candidates if file.is_file()), None)
-
-
 @functools.cache
-def parse_module(file: pathlib.Path) -> tuple[dict[str, ast.stmt], dict[str, tuple]]:
-    """The top-level definitions of a file and its imports from this project, by name.
+def parse_module(module: ModuleType) -> dict[str, ast.stmt]:
+    """{name: the top-level statement that defines or imports it}; empty for installed modules.
 
-    An import is (file, name in that file), or (file, None) for a module. Annotated constants
-    (`X: int = 3`) and imports inside functions are not seen.
+    Imports inside functions and imports `as` another name are not seen.
     """
-    definitions, imports = {}, {}
+    file = pathlib.Path(getattr(module, "__file__", None) or "/").resolve()
+    if ROOT not in file.parents or "site-packages" in file.parts:
+        return {}
+    statements = {}
     for node in ast.parse(file.read_text("utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            definitions[node.name] = node
-        elif isinstance(node, ast.Assign):
-            names = (target.id for target in ast.walk(node) if isinstance(target, ast.Name)
-                     and isinstance(target.ctx, ast.Store))
-            definitions.update(dict.fromkeys(names, node))
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            package = getattr(node, "module", None)
-            for alias in node.names:
-                module = project_file(f"{package}.{alias.name}" if package else alias.name)
-                # the imported name is a module, or a name in a module
-                place = (module, None) if module else (project_file(package), alias.name)
-                imports[alias.asname or alias.name] = place
-    return definitions, {name: place for name, place in imports.items() if place[0]}
-
-
-@functools.cache
-def read_definition(file: pathlib.Path, name: str | None) -> tuple[str, list[tuple]]:
-    """The code of a top-level definition, without its comments, and the places that it names.
-
-    A place is (file, name). For an imported name the code is empty, and the one place is its
-    definition.
-    """
-    definitions, imports = parse_module(file)
-    if name in imports:
-        return "", [imports[name]]
-    if name not in definitions:
-        return "", []
-    places = []
-    for node in ast.walk(definitions[name]):
-        if isinstance(node, ast.Name):
-            places.append((file, node.id))
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module, _ = imports.get(node.value.id, (None, None))
-            places += [(module, node.attr)] if module else []
-    return ast.unparse(definitions[name]), places
+            names = [node.name]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        else:                                                      # a constant
+            names = [x.id for x in ast.walk(node)
+                     if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
+        statements.update(dict.fromkeys(names, node))
+    return statements
 
 
 @functools.cache
 def reachable_code(function: Callable) -> dict[str, str]:
     """{"file:name": code} of a top-level function and of all that it names in this project."""
     function = inspect.unwrap(function)
-    pending = [(pathlib.Path(inspect.getsourcefile(function)).resolve(), function.__qualname__)]
-    found = {}
+    pending = [(sys.modules[function.__module__], function.__qualname__)]
+    visited, code = set(), {}
     while pending:
-        place = pending.pop()
-        if place not in found and place[1] not in NOT_HASHED:
-            found[place], named = read_definition(*place)
-            pending += named
-    code = {f"{file.relative_to(ROOT).as_posix()}:{name}": text
-            for (file, name), text in found.items() if text}
+        module, name = pending.pop()
+        if not inspect.ismodule(module) or (module, name) in visited or name in NOT_HASHED:
+            continue
+        visited.add((module, name))
+        node = parse_module(module).get(name)
+        if isinstance(node, ast.ImportFrom):
+            pending.append((sys.modules[node.module], name))
+        elif node:
+            file = pathlib.Path(module.__file__).resolve().relative_to(ROOT)
+            code[f"{file.as_posix()}:{name}"] = ast.unparse(node)
+            pending += [(module, x.id) for x in ast.walk(node) if isinstance(x, ast.Name)]
+            pending += [(getattr(module, x.value.id, None), x.attr) for x in ast.walk(node)
+                        if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)]
     assert code, f"{function.__qualname__} is not a top-level function of this project"
     return code
 
 
 def digest(text: str) -> str:
     """A short hash of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Stage:
     """A deferred call function(setup, *arguments), whose value is kept in a file.
 
-    `setup` has `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for encoding, corpus
-    and pi_ref. Arguments are plain values, stages, tuples of these, top-level functions, and
+    `setup` is a NamedTuple with `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for
+    encoding, corpus and pi_ref. Arguments are plain values, stages, tuples of these, top-level functions, and
     objects with a `source`.
     """
     def __init__(self, function: Callable, setup, *arguments):
@@ -289,7 +260,7 @@ class Stage:
         inputs["an argument, or the loss"] = self.arguments
         inputs["pi_ref"] = self.setup.key
         if self.setup.user_pairs and "setup.user_pairs" in code:
-            inputs["--pairs"] = self.setup.user_pairs
+            inputs["--pairs"] = self.setup.user_pairs._replace(ref_logp=None)
         return {name: digest(json.dumps(x, default=describe)) for name, x in inputs.items()}
 
     @functools.cached_property
@@ -308,7 +279,9 @@ def describe(argument) -> str:
     """The text that stands in a stage's hash for an argument that is not a plain value."""
     if isinstance(argument, Stage):
         return argument.path.name
-    return digest(argument.source) if hasattr(argument, "source") else argument.__qualname__
+    if isinstance(argument, Tensor):
+        return hashlib.sha256(argument.numpy()).hexdigest()
+    return argument.source if hasattr(argument, "source") else argument.__qualname__
 
 
 def cached(function: Callable) -> Callable:
@@ -320,19 +293,16 @@ def cached(function: Callable) -> Callable:
     return load_or_compute
 
 
-def load_stage(path: pathlib.Path) -> tuple[dict | None, str]:
-    """(content, "") of a stage's file, or (None, reason); the reason is "" without a file."""
+def load_stage(path: pathlib.Path) -> dict | None:
+    """The content of a stage's file; None if it is missing, damaged, or that of another stage."""
     try:
-        stored = torch.load(path, weights_only=True)
         with zipfile.ZipFile(path) as archive:                     # torch ignores its checksums
-            damaged = archive.testzip()
-    except FileNotFoundError:
-        return None, ""
-    except Exception as error:                                     # a damaged file may raise any
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if damaged or not isinstance(stored, dict) or stored.get("file") != path.name:
-        return None, "a part of it is damaged, or it belongs to another stage"
-    return stored, ""
+            if archive.testzip():
+                return None
+        stored = torch.load(path, weights_only=True)
+        return stored if stored["file"] == path.name else None
+    except Exception:                                              # a damaged file may raise any
+        return None
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
@@ -345,9 +315,8 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> No
         write(temporary)
     except (OSError, RuntimeError) as error:                       # both for a full disk
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}): is the disk full? make room, or choose "
-                        "another --out") from None
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? "
+                        "make room, or choose another --out") from None
     os.replace(temporary, path)
 
 
@@ -359,25 +328,23 @@ class Stages:
         self.seconds = {}                 # name of a stage -> seconds that its computation took
         self.waited = 0.                  # seconds that this worker has waited for other workers
         self.on_row = lambda row: None    # called with each row of results, during training
-        self.explained = set()            # explanations that were printed
 
     def explain(self, stage: Stage) -> None:
-        """Print, once a worker, why a stage is computed although a file has its name."""
+        """Print, once a run, why a stage is computed although a file has its name."""
         differences = []    # for each earlier file, the inputs that differ
         for file in self.folder.glob(f"{stage.name}.*.pt"):
-            stored, _ = load_stage(file)
-            earlier = stored.get("inputs", {}) if stored else {}
-            differences.append([place for place in {**earlier, **stage.inputs}
-                                if earlier.get(place) != stage.inputs.get(place)])
+            stored = load_stage(file)
+            if stored:
+                different = stored["inputs"].items() ^ stage.inputs.items()
+                differences.append(sorted({name for name, _ in different}))
         changed = min(differences, key=len, default=[])            # those of the nearest file
         name = stage.function.__name__
         explanation = f"{name} is computed: {', '.join(changed)} differ from before"
-        if changed and explanation not in self.explained:
-            self.explained.add(explanation)
+        if changed and self.store.add(explanation, 1) == 1:
             print(explanation, flush=True)
 
     def compute(self, stage: Stage) -> dict:
-        """Compute a stage and save it; the file appears whole or not at all."""
+        """Compute a stage and save it; returns what is saved."""
         self.explain(stage)
         start = time.perf_counter() - self.waited    # waiting is no part of `seconds`
         # a field that the hash lacks is not there: reading it would be an error
@@ -392,37 +359,30 @@ class Stages:
 
     def get(self, stage: Stage):
         """The value of a stage, loaded from its file or computed."""
-        stored, problem = load_stage(stage.path)
+        stored = load_stage(stage.path)
         if stored is None and self.store.add(stage.path.name, 1) == 1:    # claimed by this worker
-            if problem:
-                print(f"{stage.path} is unusable and computed again ({problem})", flush=True)
+            if stage.path.exists():
+                print(f"{stage.path} is unusable and computed again", flush=True)
             stored = self.compute(stage)
         start = time.perf_counter()
         while stored is None:                    # another worker computes it; its file must appear
             time.sleep(.05)
-            stored, _ = load_stage(stage.path)
+            stored = load_stage(stage.path)
         self.waited += time.perf_counter() - start
         self.seconds[stage.name] = stored["seconds"]
         return stored["value"]
 
-    def get_all(self, stages: list[Stage], report: bool = False) -> list:
+    def get_all(self, stages: list[Stage]) -> list:
         """The values of stages, in order.
 
         The workers compute them in parallel, each the next one that nobody has claimed. A stage may
         need earlier ones of the list, but no later ones: the workers would wait for each other.
         """
-        start = time.time()
-        done_before = sum(stage.path.exists() for stage in stages)
         for stage in stages:
-            if stage.path.exists() or self.store.add(stage.path.name, 1) > 1:
-                continue
-            self.compute(stage)
-            if report:
+            if not stage.path.exists() and self.store.add(stage.path.name, 1) == 1:
+                self.compute(stage)
                 done = sum(other.path.exists() for other in stages)
-                minutes = (time.time() - start) / 60
-                left = minutes / (done - done_before) * (len(stages) - done)
-                print(f"[{done}/{len(stages)} done, last: {stage.name}; {minutes:.1f} min, about "
-                      f"{left:.1f} min left]", flush=True)
+                print(f"[{done}/{len(stages)} done, last: {stage.name}]", flush=True)
         return [stage.value for stage in stages]
 
 
@@ -447,21 +407,13 @@ def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> None:
 
 
 # -------------------------------------------------------------------------------------- 4. workers
-# Unless these thresholds forbid it, glibc returns freed memory to the system and asks for it again:
-# a third of the time of a small model's step. Other systems ignore them.
-WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**32),
-                      "MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "1"}
-
-
 def choose_device(name: str | None) -> str:
     """The device of this name, or the best one. Raises UserError if the machine lacks it."""
-    # the best first
-    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}    # best first
     available = [kind for kind, backend in backends.items() if backend.is_available()]
     device = available[0] if name is None else name
-    is_available = device.split(":")[0] in available
     try:
-        torch.empty(0, device=device)
+        is_available = torch.empty(0, device=device).device.type in available
     except (AssertionError, RuntimeError):
         is_available = False
     if not is_available:
@@ -474,37 +426,23 @@ def default_workers(device: str) -> int:
     """One worker a core, at most 16; four a GPU, for all GPUs if the device is `cuda`."""
     if device.startswith("cpu"):
         return min(os.cpu_count() or 1, 16)
-    return 4 * (max(torch.cuda.device_count(), 1) if device == "cuda" else 1)
+    return 4 * torch.cuda.device_count() if device == "cuda" else 4
 
 
-def run_worker(rank: int, workers: int, folder: str | None, function: Callable, device: str,
+def run_worker(rank: int, store: torch.distributed.Store, function: Callable, device: str,
                arguments: tuple) -> int:
-    """The exit code of function(rank, store, device, *arguments), as one of several workers.
-
-    The workers of one machine meet in a store in `folder`, those of torchrun (None) over the net.
-    """
+    """The exit code of function(rank, store, device, *arguments), as one of several workers."""
     torch.set_num_threads(1)
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus > 1:                              # workers take the GPUs in turn
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % gpus}"
-    if folder is not None:
-        store = torch.distributed.FileStore(f"{folder}/store", workers)
-    elif workers == 1:
-        store = torch.distributed.HashStore()
-    else:
-        store = next(torch.distributed.rendezvous("env://"))[0]
-
-    def is_first_error() -> bool:
-        is_first = store.add("errors", 1) == 1
-        time.sleep(0 if is_first else .5)    # the first exit ends all: let the first error print
-        return is_first
-
-    return run_program(lambda: function(rank, store, device, *arguments), is_first_error)
+    return run_program(lambda: function(rank, store, device, *arguments), store)
 
 
-def worker_process(*arguments) -> None:
-    """The entry point of a spawned process."""
-    sys.exit(run_worker(*arguments))
+def worker_process(rank: int, workers: int, folder: str, *arguments) -> None:
+    """The entry point of a spawned process; the workers of one machine meet in a folder."""
+    store = torch.distributed.FileStore(f"{folder}/store", workers)
+    sys.exit(run_worker(rank, store, *arguments))
 
 
 def launch(function: Callable, workers: int, device: str, *arguments) -> int:
@@ -514,9 +452,15 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
     worker (not on Windows).
     """
     if "RANK" in os.environ:
-        rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return run_worker(rank, workers, None, function, device, arguments)
-    os.environ.update(WORKER_ENVIRONMENT)
+        if os.environ["WORLD_SIZE"] == "1":
+            store = torch.distributed.HashStore()
+        else:
+            store = next(torch.distributed.rendezvous("env://"))[0]
+        return run_worker(int(os.environ["RANK"]), store, function, device, arguments)
+    # Unless these thresholds forbid it, glibc returns freed memory to the system and asks for it
+    # again: a third of the time of a small model's step. Other systems ignore them.
+    os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**32), MALLOC_MMAP_THRESHOLD_=str(2**25),
+                      OMP_NUM_THREADS="1")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         worker_arguments = workers, folder, function, device, arguments
@@ -532,7 +476,7 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
 
 # ------------------------------------------------------------------------------ 5. a user's loss
 class LossError(UserError):
-    """A loss that cannot be used; the message names file, function, line and reason."""
+    """A loss that cannot be used; the message names file, function and reason."""
 
 
 class UserLoss:
@@ -550,8 +494,6 @@ class UserLoss:
         self.function = self.guard(runpy.run_path, self.path).get(function_name)
         if not callable(self.function):
             raise LossError(f"{self.place}: {self.path} has no function {function_name}")
-        code = getattr(self.function, "__code__", None)
-        self.place += f" (line {code.co_firstlineno if code else '?'})"
         self.guard(self.try_once)
 
     def guard(self, function: Callable, *arguments):
@@ -563,7 +505,7 @@ class UserLoss:
         except BaseException as error:                             # SystemExit too
             lines = [getattr(error, "lineno", None) or "?"]        # of a SyntaxError
             lines += [line for frame, line in traceback.walk_tb(error.__traceback__)
-                      if os.path.realpath(frame.f_code.co_filename) == os.path.realpath(self.path)]
+                      if frame.f_code.co_filename == self.path]
             raise LossError(f"{self.place} raised {type(error).__name__} in {self.path}, line "
                             f"{lines[-1]}: {error}") from None
 
@@ -594,7 +536,7 @@ class UserLoss:
         if not slopes:
             raise LossError(f"{self.place} has no gradient: it does not depend on logp_w or "
                             "logp_l, or detaches them")
-        for name, x in (("loss", value), *(("gradient", slope) for slope in slopes)):
+        for name, x in ("loss", value), ("gradient", torch.stack(slopes)):
             if not x.isfinite().all():
                 raise LossError(f"{self.place}: the {name} is not finite on ordinary "
                                 f"log-probabilities: {x.tolist()}")
@@ -606,8 +548,7 @@ def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, UserLoss
     Raises LossError if a name is in `reserved`, longer than 100 characters, or there twice.
     """
     losses = {name.rpartition(":")[2]: UserLoss(name) for name in names}
-    taken = [name for name in losses if name in reserved or len(name) > 100]
-    if len(losses) < len(names) or taken:
+    if len(losses) < len(names) or any(x in reserved or len(x) > 100 for x in losses):
         raise LossError("--loss: each needs a short name of its own that is not the name of a "
                         f"method: {', '.join(losses)}")
     return losses
@@ -615,14 +556,12 @@ def load_losses(names: list[str], reserved: Iterable[str]) -> dict[str, UserLoss
 
 # ----------------------------------------------------------------------- 6. a user's preferences
 # the regular expressions of reviews spell out every word of the grammar
-REVIEW_PATTERNS = " ".join(review.pattern for review in data.REVIEW.values())
-KNOWN_WORDS = set(re.findall(r"\w+", REVIEW_PATTERNS))
+KNOWN_WORDS = set(re.findall(r"\w+", " ".join(x.pattern for x in data.REVIEW.values())))
 
 
 def is_known(text: str) -> bool:
-    """Whether at least half of a text's words occur in reviews; its last word may be cut off."""
+    """Whether at least half of a text's words occur in reviews."""
     words = re.findall(r"\w+", text)
-    words = words[:-1] or words
     return len(words) > 0 and 2 * sum(word in KNOWN_WORDS for word in words) >= len(words)
 
 
@@ -632,8 +571,7 @@ def parse_preference(line: str) -> dict:
         pair = json.loads(line)
         texts = [pair[name] for name in ("prompt", "chosen", "rejected")]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError('not a JSON object {"prompt": ..., "chosen": ..., "rejected": '
-                         "...}") from None
+        raise ValueError("not a JSON object with prompt, chosen and rejected") from None
     if not all(isinstance(x, str) for x in texts) or not texts[0].strip():
         raise ValueError("prompt, chosen and rejected must be text, and the prompt not empty")
     if "response_ids" in pair:    # exported: what a policy wrote may be anything
@@ -698,45 +636,32 @@ def encode_preference(encoding, pair: dict) -> list[list[int]]:
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class UserPairs:
-    """A user's preferences as tokens, and their text, which stands for them in a stage's hash."""
-    source: str
-    preferences: Preferences
-
-    def with_reference(self, ref_logp: Tensor) -> "UserPairs":
-        """The same pairs with log pi_ref (C,) of their responses."""
-        return UserPairs(self.source, self.preferences._replace(ref_logp=ref_logp))
-
-
 def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
     """The completions of each group of pairs, and the pairs as places among them.
 
-    -> {group: list of response ids}, and (group, place of chosen, place of rejected) of each pair.
-    A group is (`group` of the export, *prompt ids); a pair that was not exported is a group of its
-    own. Raises UserError that names the line.
+    -> {group: (its number, {ids of prompt and response: place})}, and (number of the group, place
+    of chosen, place of rejected) of each pair. A group is (`group` of the export, *prompt ids); a
+    pair that was not exported is a group of its own. Raises UserError that names the line.
     """
     groups, comparisons = {}, []
-    for number, pair in enumerate(pairs, 1):
+    for line, pair in enumerate(pairs, 1):
         try:
             prompt, *responses = encode_preference(encoding, pair)
-            group = pair.get("group", -number), *prompt
-            completions = groups.setdefault(group, [])
+            group = pair.get("group", -line), *prompt
+            number, completions = groups.setdefault(group, (len(groups), {}))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-            raise UserError(f"{path}, line {number}: prompt_ids, response_ids or group are not as "
+            raise UserError(f"{path}, line {line}: prompt_ids, response_ids or group are not as "
                             "a run exports them") from None
         tokens = len(prompt) + max(map(len, responses))
         if tokens > context:
-            raise UserError(f"{path}, line {number}: {tokens} tokens do not fit into {context}: "
+            raise UserError(f"{path}, line {line}: {tokens} tokens do not fit into {context}: "
                             "shorten it, or use a larger --max-tokens")
-        for ids in responses:
-            if ids not in completions:
-                completions.append(ids)
-        comparisons.append((group, *map(completions.index, responses)))
+        places = [completions.setdefault((*prompt, *ids), len(completions)) for ids in responses]
+        comparisons.append((number, *places))
     return groups, comparisons
 
 
-def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> UserPairs:
+def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> Preferences:
     """`read_pairs` as tokens; log pi_ref is still 0. Pairs of a group share completions.
 
     A group with fewer completions than others repeats its last one. Raises UserError that names
@@ -744,19 +669,16 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> Use
     """
     context = data.MAX_PROMPT_TOKENS + max_tokens
     groups, comparisons = group_completions(encoding, pairs, context, path)
-    k = max(map(len, groups.values()))
-    rows, start, first_row = [], [], {}
-    for group, completions in groups.items():
-        first_row[group] = len(rows)
-        _, *prompt = group
-        repeated = completions[-1:] * (k - len(completions))
-        rows += [prompt + response for response in completions + repeated]
+    k = max(len(completions) for _, completions in groups.values())
+    rows, start = [], []
+    for (_, *prompt), (_, completions) in groups.items():
+        different = list(completions)
+        rows += different + different[-1:] * (k - len(different))
         start += [len(prompt)] * k
     ids, stop = data.pad(rows, encoding.eot_token, context)
     columns = torch.arange(ids.shape[1])
     mask = (columns >= torch.tensor(start)[:, None]) & (columns < stop[:, None])
-    winner = torch.tensor([first_row[group] + place for group, place, _ in comparisons])
-    loser = torch.tensor([first_row[group] + place for group, _, place in comparisons])
-    order = (winner // k).argsort(stable=True)                     # prompt by prompt
-    preferences = Preferences(ids, mask, torch.zeros(len(ids)), winner[order], loser[order], k)
-    return UserPairs(json.dumps(pairs), preferences)
+    comparisons.sort(key=lambda comparison: comparison[0])         # prompt by prompt
+    group, chosen, rejected = torch.tensor(comparisons).T
+    return Preferences(ids, mask, torch.zeros(len(ids)), k * group + chosen, k * group + rejected,
+                       k)

@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from functools import partial
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import tiktoken
 import torch
@@ -39,7 +39,10 @@ from plots import (STYLE, cost, evaluation_prompts, figures, frontier, gap, mean
 # ---------------------------------------------------------------------------------- configuration
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of the experiment; each field is a flag. Constants of PPO are in ppo.py."""
+    """The settings of the experiment; constants of PPO are in ppo.py.
+
+    Each field is a flag: option(default, meaning, lowest, highest).
+    """
     seed: int = option(0, "the first seed", 0, 2**53)
     seeds: int = option(1, "seeds, each with its own corpus, pi_ref and all else", 1, 100)
     split: str = option("test", "evaluation prompts: test for results, validation for tuning",
@@ -49,15 +52,13 @@ class Config:
                           "sees a quarter as many of restaurants", 50, 10**6)
     vocab_size: int = option(672, "tokens in the vocabulary, end-of-text included", 300, 10**5)
     max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
-    # the model
+    # the model and SFT
     layers: int = option(2, "blocks of the GPT", 1, 100)
     heads: int = option(2, "attention heads", 1, 100)
     width: int = option(64, "width of the GPT, a multiple of the heads", 1, 10**5)
     sft_epochs: int = option(2, "epochs of SFT on the train reviews", 1, 1000)
     sft_batch: int = option(64, "reviews a step of SFT", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
-    adam_beta2: float = option(.95, "Adam's beta2, for policies on pairs and PPO (usually .999)", 0,
-                               .99999)
     # preferences (Section 6)
     prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
     completions: int = option(4, "completions a prompt, and PPO's episodes a prompt", 2, 64)
@@ -70,9 +71,11 @@ class Config:
     alphas: tuple[float, ...] = option((.1, .5, 1.), "alpha of Unlikelihood, a list (paper: "
                                        ".05,.1,.5,1)", 0, 1e6)
     preferred_runs: int = option(1, "runs of Preferred-FT, each in its own order", 0, 100)
-    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs)", 1,
-                                10**5)
+    batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs); "
+                                "of reward model and initial critic too", 1, 10**5)
     lr: float = option(5e-4, "peak learning rate on pairs", 1e-12, 10)
+    adam_beta2: float = option(.95, "Adam's beta2 on pairs and in PPO (usually .999; SFT: .98)", 0,
+                               .99999)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
     rounds: int = option(1, "rounds of pairs, each from the policy as it is then (paper: 1)", 1,
                          10**4)
@@ -136,12 +139,14 @@ def check_config(cfg: Config) -> None:
                         f"{cfg.completions}")
 
 
-# ---------------------------------------------------------------------------------- SFT (App. C.1)
+# --------------------------------------------------------------- setup of a seed, SFT (App. C.1)
 # Inside a stage (a function with @cached, see harness.py) `cfg` has only the fields that the code
 # of the stage reads as cfg.NAME. The name of a stage's file has a hash of that code, of these
-# fields, of the arguments, and of `key`, which stands for encoding, corpus and pi_ref.
+# fields, of the arguments, of `key`, which stands for encoding, corpus and pi_ref, and of the
+# user's pairs if the code reads setup.user_pairs. `Stage(function, setup, ...)` is such a call, not
+# made yet; `stages.get_all` shares the calls among the workers.
 class Setup(NamedTuple):
-    """What all runs of one seed share."""
+    """What all runs of one configuration and seed share."""
     cfg: Config
     seed: int                         # equals cfg.seed, which the cfg of a stage may lack
     stages: Stages
@@ -150,12 +155,12 @@ class Setup(NamedTuple):
     encoding: tiktoken.Encoding
     corpus: dict[str, list[str]]      # split -> film reviews
     ref: GPT                          # pi_ref
-    user_pairs: harness.UserPairs | None = None
+    user_pairs: Preferences | None = None
     # for figures alone, and in no hash: no function with @cached may read it from its setup
     learned_reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-@cached    # computed once and kept in a file, see harness.py
+@cached
 def make_corpus(setup: Setup, domain: str) -> dict[str, list[str]]:
     """The reviews of each split."""
     count = setup.cfg.reviews if domain == "film" else setup.cfg.reviews // 4
@@ -174,8 +179,8 @@ def learn_tokenizer(setup: Setup) -> dict[bytes, int]:
     try:
         return data.learn_ranks(train_texts(setup, 150, 30), setup.cfg.vocab_size)
     except ValueError:
-        raise UserError("the reviews have too few different words for --vocab-size "
-                        f"{setup.cfg.vocab_size}: choose a smaller one") from None
+        raise UserError("the reviews for the tokenizer have too few different words for "
+                        f"--vocab-size {setup.cfg.vocab_size}: choose a smaller one") from None
 
 
 def new_gpt(cfg: Config, device: str) -> GPT:
@@ -226,7 +231,7 @@ def train_reference(setup: Setup) -> dict[str, Tensor]:
 
 
 def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: list[dict] = [],
-            path: str = "") -> Setup:
+            path: str | None = None) -> Setup:
     """The Setup of a seed. `pair_texts` are a user's pairs; `path`, their file, is for messages."""
     cfg = dataclasses.replace(cfg, seed=seed)
     ref = new_gpt(cfg, device).requires_grad_(False)
@@ -238,15 +243,15 @@ def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: lis
         user_pairs = harness.encode_pairs(encoding, pair_texts, cfg.max_tokens, path)
     ref.load_state_dict(train_reference(setup))
     if user_pairs:
-        ids, mask = user_pairs.preferences.ids, user_pairs.preferences.mask
-        user_pairs = user_pairs.with_reference(batched_sequence_logp(ref, ids, mask, device))
+        ref_logp = batched_sequence_logp(ref, user_pairs.ids, user_pairs.mask, device)
+        user_pairs = user_pairs._replace(ref_logp=ref_logp)
     return setup._replace(corpus=make_corpus(setup, "film"), encoding=encoding,
                           user_pairs=user_pairs,
                           key=Stage(train_reference, setup).path.name)
 
 
 # ---------------------------------------------------------------- completions, labels (Section 6)
-# The figures need prompts too: prompts_of_split and evaluation_prompts are in plots/.
+# The figures need prompts too: prompts_of_split and evaluation_prompts are in plots/__init__.py.
 def sample_completions(setup: Setup, policy: GPT, prompts: tuple[Tensor, Tensor],
                        generator: torch.Generator) -> dict[str, Tensor]:
     """A policy's completions of N prompts, with log pi_ref and the true rewards.
@@ -300,9 +305,7 @@ def reference_preferences(setup: Setup, split: str, count: int) -> Preferences:
 
 def training_preferences(setup: Setup) -> Preferences:
     """The pairs to train on: the user's own, or those of pi_ref's completions."""
-    if setup.user_pairs:
-        return setup.user_pairs.preferences
-    return reference_preferences(setup, "train", setup.cfg.prompts)
+    return setup.user_pairs or reference_preferences(setup, "train", setup.cfg.prompts)
 
 
 # -------------------------------------------------------------------------------- DPO (Section 4)
@@ -323,7 +326,7 @@ def pair_step(policy: GPT, optimizer: torch.optim.Optimizer, batch: Preferences,
     ids, mask, ref_logp = (x.to(device) for x in (batch.ids, batch.mask, batch.ref_logp))
     winner, loser = batch.winner.to(device), batch.loser.to(device)
     logp = response_token_logp(policy, ids, mask).sum(1)             # K completions of each prompt
-    pair = dpo.make_pairs(logp, ref_logp, mask.sum(1), winner, loser)    # K (K - 1) / 2 pairs
+    pair = dpo.make_pairs(logp, ref_logp, mask.sum(1), winner, loser)    # up to K (K - 1) / 2 each
     loss = loss_function(pair, setting).mean()
     optimizer.zero_grad()
     loss.backward()
@@ -353,17 +356,20 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
     Each step yields its statistics (`run_steps` drives the iterator). In the paper all pairs come
     from pi_ref. With --rounds, the prompts are divided among the rounds, and the completions of a
     round come from the policy as it is then; pi_ref stays the reference of the loss. A round has
-    fewer steps than planned if some of its prompts have only ties.
+    fewer steps than planned if some of its prompts have only ties; the learning rate then ends
+    above 0.
     """
     cfg = setup.cfg
-    pairs = training_preferences(setup) if cfg.rounds == 1 else None
-    prompt_count = cfg.prompts if pairs is None else len((pairs.winner // pairs.k).unique())
-    parts = torch.arange(prompt_count).tensor_split(cfg.rounds)    # sizes only, see sample_round
+    pairs, prompt_count = None, cfg.prompts    # in rounds, `sample_round` makes the pairs
+    if cfg.rounds == 1:
+        pairs = training_preferences(setup)
+        prompt_count = len((pairs.winner // pairs.k).unique())    # those with a pair
+    parts = torch.arange(prompt_count).tensor_split(cfg.rounds)    # only their sizes matter here
     steps = cfg.epochs * sum(math.ceil(len(part) / cfg.batch_prompts) for part in parts)
-    # The paper uses RMSprop (App. B). A gradient that only zeros follow moves a parameter, in all
-    # later steps together, by 32 lr if beta2 is .999, as usual, and by 6 lr if it is .95. At .999
-    # the parameters of rare tokens leap, and after rare prompts the policy loses what pi_ref is
-    # sure of (plots/README.md).
+    # The paper uses RMSprop (App. B). A lone gradient, with only zeros before and after it, moves
+    # a parameter by 32 lr in all (its own step and the later ones) if beta2 is .999, as usual, and
+    # by 6 lr if it is .95. At .999 the parameters of rare tokens leap, and after rare prompts the
+    # policy loses what pi_ref is sure of (plots/README.md).
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(.9, cfg.adam_beta2),
                                   weight_decay=0., fused=True)
     scheduler = lr_schedule(optimizer, steps)
@@ -377,7 +383,7 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
                 yield pair_step(policy, optimizer, batch, loss_function, run.setting)
                 scheduler.step()
 
-    return steps, (step for number in range(cfg.rounds) for step in run_round(number))
+    return steps, (statistics for number in range(cfg.rounds) for statistics in run_round(number))
 
 
 # ------------------------------------------------------------------------------- RLHF (Section 3)
@@ -388,12 +394,12 @@ def fit_reward_model(setup: Setup) -> dict:
     The held-out pairs, which select the epoch, are labelled by the true reward, also with --pairs.
     """
     cfg, pairs = setup.cfg, training_preferences(setup)
-    held_out_prompts = min(math.ceil(cfg.prompts / 8), len(setup.corpus["validation"]))
+    eighth = math.ceil(cfg.prompts / 8)
+    held_out_prompts = min(eighth, len(setup.corpus["validation"]))
     held_out = reference_preferences(setup, "validation", held_out_prompts)
-    epochs = []
-    for epoch in range(cfg.rm_epochs):
-        generator = named_generator("reward model", cfg.seed, epoch)
-        epochs.append(data.shuffled_batches(pairs, cfg.batch_prompts, generator))
+    epochs = [data.shuffled_batches(pairs, cfg.batch_prompts,
+                                    named_generator("reward model", cfg.seed, epoch))
+              for epoch in range(cfg.rm_epochs)]
     return ppo.train_reward_model(setup.ref, pairs, held_out, epochs, cfg.rm_lr, setup.device)
 
 
@@ -402,29 +408,21 @@ def make_learned_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
     fitted = fit_reward_model(setup)
     model = ppo.ScalarModel(setup.ref)
     model.load_state_dict(fitted["state_dict"])
-
-    def score(ids: Tensor, mask: Tensor) -> Tensor:
-        return (ppo.predict_reward(model, ids, mask) - fitted["mean"]) / fitted["std"]
-
-    return score
+    return lambda ids, mask: (ppo.predict_reward(model, ids, mask) - fitted["mean"]) / fitted["std"]
 
 
 def make_true_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
     """The reward of PPO-GT: true, with mean 0 and deviation 1 on responses of pi_ref."""
     reward = reference_completions(setup, "train", setup.cfg.prompts)["reward"]
     mean, deviation = reward.mean().item(), reward.std().item()
-
-    def score(ids: Tensor, mask: Tensor) -> Tensor:
-        return (data.true_reward(setup.encoding, ids, mask) - mean) / deviation
-
-    return score
+    return lambda ids, mask: (data.true_reward(setup.encoding, ids, mask) - mean) / deviation
 
 
 @cached
 def initial_critic(setup: Setup, method: str, make_score: Callable) -> dict[str, Tensor]:
     """The critic that PPO starts from, the same for all targets: see `ppo.pretrain_critic`.
 
-    `method` is only for the name of the stage's file.
+    `method` only names the stage, for its file and for plots/cost.py.
     """
     cfg, completions = setup.cfg, reference_completions(setup, "train", setup.cfg.prompts)
     return ppo.pretrain_critic(setup.ref, completions["ids"], completions["mask"],
@@ -460,7 +458,8 @@ METHODS = {    # method -> how it is trained; its loss, or the function that mak
 
 
 # -------------------------------------------------------------------------------------- evaluation
-# The figures evaluate policies too: `sample_rewards` is in plots/frontier.py.
+# The figures evaluate policies too: `frontier.sample_rewards` samples and scores; its KL is
+# `model.response_kl`.
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
@@ -498,8 +497,8 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
 
     Each `next(training_steps)` updates the policy in place and yields its statistics. `result` gets
     `step`, `rows`, and `checkpoints`, the policies of the rows; it is filled in place so that they
-    survive an exception. A row is an evaluation, the `seconds` of training until then, and the
-    means of the statistics of its interval of steps.
+    survive an exception. A row is an evaluation (during training with a quarter of the samples),
+    the `seconds` of training until then, and the means of the statistics of its interval of steps.
     """
     def add_row(is_final: bool) -> None:    # reads the variables of the loop below
         samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
@@ -519,12 +518,12 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         result["step"] = step
         check_finite(statistics)
         if (step - 1) % interval == 0:
-            recent = []    # the statistics of the steps since the last row
+            recent = []    # the statistics of this interval, which may end in two rows
         recent.append(statistics)
         if step % interval == 0 and step < steps:
             add_row(is_final=False)
         start = time.perf_counter()
-    if result["step"] == 0:
+    if result["step"] == 0:    # only rounds can end without a step
         raise UserError(NO_PAIRS)
     add_row(is_final=True)
 
@@ -548,18 +547,14 @@ def train_policy(setup: Setup, run: Run, train: Callable, loss_or_make_score: Ca
     return result
 
 
-def policy_stages(setup: Setup, settings: dict[str, tuple], losses: dict = {}) -> list[Stage]:
-    """One stage for each method and setting.
-
-    `settings` maps a method, or a name in `losses`, to its settings.
-    """
-    trained_by = {**METHODS, **{name: (train_on_pairs, loss) for name, loss in losses.items()}}
-    return [Stage(train_policy, setup, Run(method, float(setting)), *trained_by[method])
+def policy_stages(setup: Setup, settings: dict[str, Iterable[float]]) -> list[Stage]:
+    """The stages that train the policies of each method, one for each of its settings."""
+    return [Stage(train_policy, setup, Run(method, float(setting)), *METHODS[method])
             for method, values in settings.items() for setting in values]
 
 
 def train_sweep(setups: list[Setup]) -> list[Stage]:
-    """All policies of Section 6, for every seed.
+    """The stages of all policies of Section 6, for every seed, when they are finished.
 
     `get_all` needs each stage after those that it reads. The initial critic of PPO reads the reward
     model, which takes long, so it comes after the policies of PPO-GT: with few workers, none waits
@@ -575,50 +570,53 @@ def train_sweep(setups: list[Setup]) -> list[Stage]:
         remaining += policy_stages(setup, {"ppo": cfg.kl_targets, "dpo": cfg.betas,
                                            "unlikelihood": cfg.alphas,
                                            "preferred_ft": tuple(range(cfg.preferred_runs))})
-    setups[0].stages.get_all(independent + ppo_gt + ppo_critics + remaining, report=True)
+    setups[0].stages.get_all(independent + ppo_gt + ppo_critics + remaining)
     return ppo_gt + remaining
 
 
 def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[Stage]:
-    """The baselines that are in the folder, and the policies of a user's losses."""
+    """The stages of the baselines in the folder, and those of a user's losses, when finished."""
     baselines, of_losses = [], []
     for setup in setups:
         baselines += find_baselines(setup)
-        of_losses += policy_stages(setup, dict.fromkeys(losses, setup.cfg.betas), losses)
-    setups[0].stages.get_all(of_losses, report=True)
+        of_losses += [Stage(train_policy, setup, Run(name, beta), train_on_pairs, loss)
+                      for name, loss in losses.items() for beta in setup.cfg.betas]
+    setups[0].stages.get_all(of_losses)
     return baselines + of_losses
 
 
 def find_baselines(setup: Setup) -> list[Stage]:
-    """The policies of Section 6 with a file in the folder, trained on pi_ref's pairs.
+    """The policies of Section 6 with a file in the folder, trained without --pairs.
 
     One whose file is damaged is trained again.
     """
     # an earlier command may have had other settings: only the names of its files tell them
-    settings = {method: set() for method in METHODS}
-    pattern = rf"train-policy-(\w+)-(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed{setup.seed}\.\w+\.pt"
-    for path in setup.stages.folder.glob("train-policy-*.pt"):
-        match = re.fullmatch(pattern, path.name)
-        if match and match[1] in settings:
-            settings[match[1]].add(float(match[2]))
+    method, number = "|".join(METHODS), r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
+    pattern = rf"train-policy-({method})-({number})-seed{setup.seed}\.\w+\.pt"
+    matches = [re.fullmatch(pattern, path.name) for path in setup.stages.folder.iterdir()]
+    runs = sorted({(match[1], float(match[2])) for match in matches if match})
     setup = setup._replace(user_pairs=None)
-    settings = {method: sorted(values) for method, values in settings.items()}
-    return [stage for stage in policy_stages(setup, settings) if stage.path.exists()]
+    stages = [stage for method, setting in runs
+              for stage in policy_stages(setup, {method: [setting]})]
+    return [stage for stage in stages if stage.path.exists()]
 
 
 def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tuple[Setup, list]:
-    """The setup and the policies of a configuration with some fields changed, for plots/gap.py."""
+    """Setup and finished stages of a configuration with some fields changed, for plots/gap.py."""
     cfg = dataclasses.replace(setup.cfg, **fields)
     check_config(cfg)
     changed = prepare(cfg, setup.seed, setup.stages, setup.device)
     trained = policy_stages(changed, settings)
-    setup.stages.get_all(trained, report=True)
+    setup.stages.get_all(trained)
     return changed, trained
 
 
 # --------------------------------------------------------------------------------- the experiment
 def write_preferences(setup: Setup, overwrite: bool) -> None:
-    """Write the preferences of pi_ref's completions as text, and print a summary of them."""
+    """Write the preferences of pi_ref's completions as text, and print a summary of them.
+
+    A file that is there stays, unless `overwrite`.
+    """
     path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
     if path.exists() and not overwrite:
         return
@@ -651,7 +649,8 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
                args: argparse.Namespace, pair_texts: list[dict]) -> int:
     """Section 6, in its order, as one of several workers.
 
-    Returns the exit code: 1 if a run failed, or if one is above the optimum, which means a bug.
+    The first worker writes and reports the results. It returns the exit code: 1 if a run failed, or
+    if one is above the optimum, which means a bug. The others return 0.
     """
     out = pathlib.Path(args.out)
     losses = harness.load_losses(args.loss, reserved=STYLE)
@@ -660,18 +659,19 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         stages.on_row = partial(figures.draw_progress, out)
     setups = [prepare(cfg, seed, stages, device, pair_texts, args.pairs)
               for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-    for setup in setups:    # first, because all workers can share this work
+    for setup in setups:    # first, because all workers can share this work; later from its files
         reference_completions(setup, "train", cfg.prompts)
         if rank == 0 and not pair_texts:
             write_preferences(setup, overwrite=not losses)
-    trained = train_losses(setups, losses) if losses else train_sweep(setups)
-    if losses:    # the optimum is that of the baselines, which are trained on pi_ref's pairs
-        setups = [setup._replace(user_pairs=None) for setup in setups]
+    if losses:
+        trained, measured, seconds = train_losses(setups, losses), [], {}
+    else:
+        trained = train_sweep(setups)
+        measured = figures.measure_all(setups[0], trained, make_learned_score)
+        seconds = {**stages.seconds}    # a copy, because stages of --study have the same names
     optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, trained)
                                      for setup in setups})
-    measured = [] if losses else figures.measure_all(setups[0], trained, make_learned_score)
     failures = [stage.value["failure"] for stage in trained if stage.value["failure"]]
-    seconds = {} if losses else {**stages.seconds}    # without those of the study
     if args.study:
         gap_rows, gap_failures = gap.study(setups[0], trained, train_variant)
         measured += gap_rows
@@ -688,7 +688,8 @@ def main() -> int:
     cfg, args = harness.read_flags(sys.argv[1:], Config, PRESETS, __doc__.splitlines()[0])
     check_config(cfg)
     device = harness.choose_device(args.device)
-    harness.load_losses(args.loss, reserved=STYLE)    # a bad one is refused before any work
+    # each worker loads its own; a bad loss is refused here, before any work
+    harness.load_losses(args.loss, reserved=STYLE)
     pair_texts = harness.read_pairs(args.pairs) if args.pairs is not None else []
     if pair_texts and cfg.rounds > 1:
         raise UserError("--rounds cannot be combined with --pairs: in rounds, the policy writes "

@@ -63,7 +63,7 @@ def measure_all(setup, trained: list[Stage], make_learned_score: Callable) -> li
     of_this_seed = tuple(stage for stage in trained if stage.setup.seed == setup.seed)
     stages = [Stage(measure_figure, setup, name, figure.measure, of_this_seed, make_learned_score)
               for name, figure in FROM_POLICIES.items()]
-    return sum(setup.stages.get_all(stages, report=True), [])
+    return sum(setup.stages.get_all(stages), [])
 
 
 def write_results(folder: pathlib.Path, rows: list[dict], failures: list[dict], optimum: dict,

@@ -101,7 +101,7 @@ def estimate_optimum(setup, trained: list[Stage]) -> dict:
     """
     proposals = choose_proposals(setup, trained)
     samples = setup.stages.get_all([Stage(sample_proposals, setup, part, proposals)
-                                    for part in part_indices(setup.cfg.eval_prompts)], report=True)
+                                    for part in part_indices(setup.cfg.eval_prompts)])
     reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
     return optimum_from_samples(reward, log_weight)
 

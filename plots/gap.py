@@ -1,9 +1,9 @@
 """What keeps DPO from the optimum? (`train.py --study`)
 
-Left: the share of the optimal gain of DPO and of three variants: Adam has its usual beta2; the
+Left: the share of the optimal gain of DPO and of four variants: Adam has its usual beta2; the
 network is twice as wide (with half the learning rate); the pairs come in 8 rounds from the policy
-itself. Right: where each policy spends its nats, by the role of the token (plots/nats.py), at KL
-near 2.
+itself; and, with the rounds, the labels are those of Eq. 1, from 16 completions a prompt. Right:
+where each policy spends its nats, by the role of the token (plots/nats.py), at KL near 2.
 """
 from typing import Callable
 
@@ -18,29 +18,40 @@ from plots import (STYLE, evaluation_prompts, frontier, load_finished_policy, me
                    plt, save, short_label, tables)
 
 PAPER = "one round (the paper)"
+ROUNDS = "8 rounds"
+BRADLEY_TERRY = "8 rounds, labels of Eq. 1"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
     PAPER: (STYLE["dpo"][1], "o", "-"),
     "Adam's usual beta2": ("#8C564B", "v", "--"),
     "twice as wide": ("#E7298A", "P", "-."),
-    "8 rounds": ("#7F3FBF", "^", "-"),
+    ROUNDS: ("#7F3FBF", "^", "-"),
+    BRADLEY_TERRY: ("#66A61E", "X", "-"),
 }
 NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of the optimum
     ("ppo_gt", PAPER): STYLE["ppo_gt"][1],
     ("dpo", PAPER): STYLE["dpo"][1],
-    ("dpo", "8 rounds"): VARIANTS["8 rounds"][0],
+    ("dpo", ROUNDS): VARIANTS[ROUNDS][0],
+    ("dpo", BRADLEY_TERRY): VARIANTS[BRADLEY_TERRY][0],
 }
 TARGET_KL = 2.    # nats, at which policies are compared by role
 SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ranks
 
 
-def variants(cfg) -> dict[str, tuple[dict, dict]]:
-    """name -> (fields of the configuration to change, methods with the settings to train)."""
+def variants(cfg, optimum: dict) -> dict[str, tuple[dict, dict]]:
+    """name -> (fields of the configuration to change, methods with the settings to train).
+
+    With labels of Eq. 1 the minimiser of Eq. 7 is the optimum at the price tau * beta of a nat. So
+    their betas are those whose KL should be the targets of PPO.
+    """
     settings = {"dpo": cfg.betas[1:]}
+    prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets]
+    betas = tuple(sorted({round(price / cfg.tau, 3) for price in prices}))
     return {
         PAPER: (dict(rounds=1), {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}),
         "Adam's usual beta2": (dict(rounds=1, adam_beta2=.999), settings),
         "twice as wide": (dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings),
-        "8 rounds": (dict(rounds=8), settings),
+        ROUNDS: (dict(rounds=8), settings),
+        BRADLEY_TERRY: (dict(rounds=8, completions=16, labels="bt"), {"dpo": betas}),
     }
 
 
@@ -117,7 +128,7 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
     """
     rows, failures, measurements = [], [], []
     optimum = frontier.estimate_optimum(setup, sweep)
-    for variant, (fields, settings) in variants(setup.cfg).items():
+    for variant, (fields, settings) in variants(setup.cfg, optimum).items():
         changed, trained = train_variant(setup, fields, settings)
         finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
                     for stage in trained for row in stage.value["rows"] if row["final"]]
@@ -133,7 +144,7 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
     _, beta, _ = dpo.optimal_reward(TARGET_KL, optimum)    # the slope of the frontier is its beta
     proposals = frontier.choose_proposals(setup, sweep)
     measurements.append(Stage(measure_optimum, setup, beta, proposals))
-    return rows + setup.stages.get_all(measurements, report=True), failures
+    return rows + setup.stages.get_all(measurements), failures
 
 
 # ---------------------------------------------------------------------------------------- drawing

@@ -138,8 +138,7 @@ def dpo_unit(shape: Shape, ref: GPT, device: str) -> Iterator[dict[str, int]]:
     generator = named_generator("labels")
     winner, loser = data.label_pairs(reward, "deterministic", shape.tau, generator)
     pairs = data.Preferences(ids[:count], mask[:count], torch.zeros(count), winner, loser, k)
-    user_pairs = harness.UserPairs("", pairs)
-    setup = SimpleNamespace(cfg=shape, device=device, user_pairs=user_pairs)
+    setup = SimpleNamespace(cfg=shape, device=device, user_pairs=pairs)
     policy = copy.deepcopy(ref).requires_grad_(True)
     while True:
         _, steps = train.train_on_pairs(setup, policy, train.Run("dpo", 1.), dpo.dpo_loss)

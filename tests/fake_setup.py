@@ -46,7 +46,7 @@ class Stages:
             self.values[key] = stage.function(stage.setup, *stage.arguments)
         return self.values[key]
 
-    def get_all(self, stages, report=False):
+    def get_all(self, stages):
         """Return the values of several stages."""
         return [stage.value for stage in stages]
 
@@ -70,9 +70,8 @@ def fake_setup(ref=None, corpus=None, preferences=None, **fields):
     seed of the setup.
     """
     cfg = train.Config(**{"seed": SEED, **fields})
-    user_pairs = SimpleNamespace(preferences=preferences) if preferences else None
     return train.Setup(cfg, cfg.seed, Stages(), "cpu", key="fake", encoding=Tokenizer(),
-                       corpus=corpus, ref=ref, user_pairs=user_pairs)
+                       corpus=corpus, ref=ref, user_pairs=preferences)
 
 
 def reviews(count, seed):

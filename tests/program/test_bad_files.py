@@ -30,7 +30,7 @@ def test_whatever_stands_in_a_stages_file_is_made_again_or_what_was_written(tmp_
     r = data.named_rng("files")
     value = torch.arange(40)
     torch.save({"file": path.name, "value": value, "seconds": 0.}, path)
-    stored, _ = harness.load_stage(path)
+    stored = harness.load_stage(path)
     assert torch.equal(stored["value"], value)
 
     whole = path.read_bytes()
@@ -40,7 +40,7 @@ def test_whatever_stands_in_a_stages_file_is_made_again_or_what_was_written(tmp_
         contents.append(flip_a_bit(whole, position, r.randrange(8)))
     for content in contents:
         path.write_bytes(content)
-        stored, _ = harness.load_stage(path)
+        stored = harness.load_stage(path)
         assert stored is None or torch.equal(stored["value"], value), \
             f"a file of {len(content)} bytes is taken for the stage, but holds another value"
 

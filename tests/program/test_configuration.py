@@ -79,7 +79,8 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"{listed(default.kl_targets)} and {default.ppo_steps} batches)",
         f"Adam, {1e4 * paper.lr:g}e-4 (default run: {1e4 * default.lr:g}e-4), batch of "
         f"{default.batch_prompts * pairs} pairs, beta2 {listed([default.adam_beta2])} (also PPO's)",
-        f"{default.reviews:,} reviews (80% to train), {default.sft_epochs} epochs, batch "
+        f"{default.reviews:,} train reviews ({.8 * default.reviews:,.0f} of films, "
+        f"{.2 * default.reviews:,.0f} of restaurants), {default.sft_epochs} epochs, batch "
         f"{default.sft_batch}, Adam, {1e3 * default.sft_lr:g}e-3; a vocabulary of "
         f"{default.vocab_size} tokens, responses of at most {default.max_tokens} tokens",
         f"| {default.rm_epochs} epochs, the best kept | the same, Adam, {1e3 * default.rm_lr:g}e-3",
@@ -87,7 +88,8 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"{1e3 * default.ppo_lr:g}e-3; the price of a nat starts at "
         f"{listed([default.ppo_init_kl_coef])} / target; horizon {default.ppo_horizon:,} episodes",
         f"{default.evaluations} times a run, {paper.eval_prompts} prompts x "
-        f"{default.eval_samples} responses (default run: {default.eval_prompts}); the optimum "
+        f"{default.eval_samples} responses, during training {default.eval_samples // 4} (default "
+        f"run: {default.eval_prompts} prompts); the optimum "
         f"from {paper.optimum_samples} responses of each policy to each prompt (default run: "
         f"{default.optimum_samples})",
         f"with `--labels bt` tau is {listed([default.tau])}"]

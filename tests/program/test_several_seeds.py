@@ -41,7 +41,7 @@ def test_each_seed_has_its_own_corpus_tokenizer_pi_ref_and_preferences(two_seeds
     for stage in ("make-corpus-film", "make-corpus-restaurant", "learn-tokenizer",
                   "train-reference"):
         first, second = (two_seeds.glob(f"{stage}-seed{seed}.*.pt") for seed in (0, 1))
-        [value_0], [value_1] = ([harness.load_stage(path)[0]["value"] for path in paths]
+        [value_0], [value_1] = ([harness.load_stage(path)["value"] for path in paths]
                                 for paths in (first, second))
         assert str(value_0) != str(value_1), f"{stage} has the same value for both seeds"
     pairs_0, pairs_1 = ((two_seeds / f"preferences-seed{seed}.jsonl").read_text("utf-8")

@@ -6,6 +6,8 @@ import torch
 
 import data
 import harness
+import model
+import train
 
 TEXTS = ["This western: the acting was fine", ". The plot was superb.",
          ". The plot was not really dull, but the cast felt awful."]
@@ -52,7 +54,7 @@ def export(path, encoding):
 
 def encode(encoding, pairs):
     """A list of preferences as tokens."""
-    return harness.encode_pairs(encoding, pairs, MAX_TOKENS, "p.jsonl").preferences
+    return harness.encode_pairs(encoding, pairs, MAX_TOKENS, "p.jsonl")
 
 
 def responses(preferences):
@@ -105,14 +107,15 @@ def test_plain_pairs_are_tokenised_with_an_end(encoding, tmp_path):
     assert responses(preferences) == expected
 
 
-def test_the_reference_log_probabilities_become_part_of_the_preferences(encoding):
-    """`with_reference` changes `ref_logp` alone: it is 0 until pi_ref has scored the responses."""
-    user_pairs = harness.encode_pairs(encoding, [PLAIN_PAIR], MAX_TOKENS, "p.jsonl")
-    assert not user_pairs.preferences.ref_logp.any()
-    scored = user_pairs.with_reference(torch.tensor([-3., -5.]))
-    assert scored.source == user_pairs.source
-    assert scored.preferences.ref_logp.tolist() == [-3., -5.]
-    assert torch.equal(scored.preferences.ids, user_pairs.preferences.ids)
+def test_the_reference_log_probabilities_become_part_of_the_preferences(tmp_path):
+    """`train.prepare` scores the responses of a user's pairs with pi_ref."""
+    cfg = train.Config(reviews=200, vocab_size=300, layers=1, heads=1, width=4, sft_epochs=1,
+                       prompts=20, eval_prompts=20)
+    stages = harness.Stages(tmp_path, torch.distributed.HashStore())
+    setup = train.prepare(cfg, 5, stages, "cpu", [PLAIN_PAIR], "p.jsonl")
+    pairs = setup.user_pairs
+    expected = model.sequence_logp(setup.ref(pairs.ids), pairs.ids, pairs.mask)
+    torch.testing.assert_close(pairs.ref_logp, expected)
 
 
 def test_lines_may_stand_in_any_order(encoding, tmp_path):
