@@ -3,7 +3,7 @@
   1. Errors: one sentence instead of a traceback for what the user can fix; Ctrl-C.
   2. Flags, made from the fields of a dataclass.
   3. Stages: values that are computed once and kept in files.
-  4. Workers: several processes, on one machine or many, that share the stages.
+  4. Workers: several processes, on one machine or on many with a shared folder.
   5. A loss of the user's own (--loss).
   6. Preferences as files: exported, and of the user's own (--pairs).
 """
@@ -22,6 +22,7 @@ def stop(*_) -> None:
     os._exit(130)
 
 
+# not under pytest or `python -m plots`, where Ctrl-C keeps its meaning
 if os.path.basename(sys.argv[0]) == "train.py" or multiprocessing.parent_process():
     signal.signal(signal.SIGINT, stop)    # before torch is imported, which takes seconds
 
@@ -91,7 +92,7 @@ def option(default, meaning: str, low: float = 0, high: float = math.inf, choice
 def parse_value(flag: str, field: dataclasses.Field, text: str):
     """The text of a flag as a value of its field; a tuple is a comma-separated list.
 
-    Raises UserError if the text is of another type or out of bounds.
+    Raises UserError if the text is of another type, out of bounds, or lists a value twice.
     """
     is_list = isinstance(field.default, tuple)
     kind = type(field.default[0] if is_list else field.default)
@@ -136,7 +137,8 @@ def read_flags(argv: list[str], config: type, presets: dict[str, dict],
                         help="train this loss over --betas instead of the sweep, and draw it "
                         "beside the baselines in the folder; repeatable")
     parser.add_argument("--pairs", metavar="FILE.jsonl", help="train on preferences from a file: "
-                        "a JSON object a line with prompt, chosen, rejected")
+                        "a JSON object a line with prompt, chosen, rejected; a response begins "
+                        "with its own space")
     parser.add_argument("--study", action="store_true",
                         help="also find out what keeps DPO from the optimum (plots/gap.py)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
@@ -179,7 +181,7 @@ NOT_HASHED = "Config", "Setup", "Stage", "cached"
 def parse_module(module: ModuleType) -> dict[str, ast.stmt]:
     """{name: the top-level statement that defines or imports it}; empty for installed modules.
 
-    Imports inside functions and imports `as` another name are not seen.
+    Imports inside functions and `from MODULE import NAME as OTHER` are not seen.
     """
     file = pathlib.Path(getattr(module, "__file__", None) or "/").resolve()
     if ROOT not in file.parents or "site-packages" in file.parts:
@@ -230,8 +232,8 @@ class Stage:
     """A deferred call function(setup, *arguments), whose value is kept in a file.
 
     `setup` is a NamedTuple with `cfg`, `seed`, `stages`, `user_pairs`, and `key`, which stands for
-    encoding, corpus and pi_ref. Arguments are plain values, stages, tuples of these, top-level functions, and
-    objects with a `source`.
+    encoding, corpus and pi_ref. Arguments are plain values, stages, tuples of these, top-level
+    functions, and objects with a `source`.
     """
     def __init__(self, function: Callable, setup, *arguments):
         self.function = inspect.unwrap(function)
@@ -260,7 +262,7 @@ class Stage:
         inputs["an argument, or the loss"] = self.arguments
         inputs["pi_ref"] = self.setup.key
         if self.setup.user_pairs and "setup.user_pairs" in code:
-            inputs["--pairs"] = self.setup.user_pairs._replace(ref_logp=None)
+            inputs["--pairs"] = self.setup.user_pairs._replace(ref_logp=None)    # pi_ref gives it
         return {name: digest(json.dumps(x, default=describe)) for name, x in inputs.items()}
 
     @functools.cached_property
@@ -330,13 +332,10 @@ class Stages:
         self.on_row = lambda row: None    # called with each row of results, during training
 
     def explain(self, stage: Stage) -> None:
-        """Print, once a run, why a stage is computed although a file has its name."""
-        differences = []    # for each earlier file, the inputs that differ
-        for file in self.folder.glob(f"{stage.name}.*.pt"):
-            stored = load_stage(file)
-            if stored:
-                different = stored["inputs"].items() ^ stage.inputs.items()
-                differences.append(sorted({name for name, _ in different}))
+        """Print what has changed since earlier files of this stage, once a run for each reason."""
+        earlier = filter(None, map(load_stage, self.folder.glob(f"{stage.name}.*.pt")))
+        differences = [sorted(dict(stored["inputs"].items() ^ stage.inputs.items()))
+                       for stored in earlier]    # of each earlier file, the inputs that differ
         changed = min(differences, key=len, default=[])            # those of the nearest file
         name = stage.function.__name__
         explanation = f"{name} is computed: {', '.join(changed)} differ from before"
@@ -375,8 +374,9 @@ class Stages:
     def get_all(self, stages: list[Stage]) -> list:
         """The values of stages, in order.
 
-        The workers compute them in parallel, each the next one that nobody has claimed. A stage may
-        need earlier ones of the list, but no later ones: the workers would wait for each other.
+        The workers compute them in parallel, each the next one that nobody has claimed. A stage
+        should come after those that it needs: a worker that meets it before computes those inside
+        it, so that others wait, and their time counts as part of its `seconds`.
         """
         for stage in stages:
             if not stage.path.exists() and self.store.add(stage.path.name, 1) == 1:
@@ -488,9 +488,10 @@ class UserLoss:
         self.path, _, function_name = name.rpartition(":")
         self.place = f"--loss {name}"
         if not os.path.isfile(self.path):
-            raise LossError(f"{self.place}: there is no file {self.path or name!r}; write "
-                            "FILE.py:FUNCTION")
-        self.source = pathlib.Path(self.path).read_bytes().decode("utf-8", "surrogateescape")
+            missing = f"no file {self.path!r}" if self.path else "no file and no function"
+            raise LossError(f"{self.place}: there is {missing}; write FILE.py:FUNCTION")
+        source = self.guard(pathlib.Path(self.path).read_bytes)
+        self.source = source.decode("utf-8", "surrogateescape")
         self.function = self.guard(runpy.run_path, self.path).get(function_name)
         if not callable(self.function):
             raise LossError(f"{self.place}: {self.path} has no function {function_name}")
@@ -626,22 +627,28 @@ def export_preferences(encoding, preferences: Preferences) -> list[dict]:
 
 
 def encode_preference(encoding, pair: dict) -> list[list[int]]:
-    """The tokens of prompt, chosen and rejected; a text that was exported keeps its own."""
+    """The tokens of prompt, chosen and rejected; a text that was exported keeps its own.
+
+    Raises an error if those do not spell the text: they are of another tokenizer, or damaged.
+    """
     exported = pair.get("prompt_ids", {}).get(pair["prompt"])
     rows = [exported or encoding.encode_ordinary(pair["prompt"])]
     for name in ("chosen", "rejected"):
         exported = pair.get("response_ids", {}).get(pair[name])
         rows.append(exported or encoding.encode_ordinary(pair[name]) + [encoding.eot_token])
-    encoding.decode(sum(rows, []))                                 # an error if one is no token
+    spelled = [encoding.decode([token for token in row if token != encoding.eot_token])
+               for row in rows]
+    if spelled != [pair["prompt"], pair["chosen"], pair["rejected"]]:
+        raise ValueError("the tokens do not spell the texts")
     return rows
 
 
 def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
-    """The completions of each group of pairs, and the pairs as places among them.
+    """Put the pairs in groups, which share completions; each completion has a place in its group.
 
-    -> {group: (its number, {ids of prompt and response: place})}, and (number of the group, place
-    of chosen, place of rejected) of each pair. A group is (`group` of the export, *prompt ids); a
-    pair that was not exported is a group of its own. Raises UserError that names the line.
+    -> groups, {key: (number, {ids of prompt and response: place})}, and for each pair (number of
+    its group, place of chosen, place of rejected). A key is (`group` of the export, *prompt ids);
+    a pair that was not exported is a group of its own. Raises UserError that names the line.
     """
     groups, comparisons = {}, []
     for line, pair in enumerate(pairs, 1):
@@ -651,7 +658,7 @@ def group_completions(encoding, pairs: list[dict], context: int, path: str) -> t
             number, completions = groups.setdefault(group, (len(groups), {}))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise UserError(f"{path}, line {line}: prompt_ids, response_ids or group are not as "
-                            "a run exports them") from None
+                            "a run with this --seed and --vocab-size exports them") from None
         tokens = len(prompt) + max(map(len, responses))
         if tokens > context:
             raise UserError(f"{path}, line {line}: {tokens} tokens do not fit into {context}: "
@@ -675,9 +682,9 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> Pre
         different = list(completions)
         rows += different + different[-1:] * (k - len(different))
         start += [len(prompt)] * k
-    ids, stop = data.pad(rows, encoding.eot_token, context)
+    ids, lengths = data.pad(rows, encoding.eot_token, context)
     columns = torch.arange(ids.shape[1])
-    mask = (columns >= torch.tensor(start)[:, None]) & (columns < stop[:, None])
+    mask = (columns >= torch.tensor(start)[:, None]) & (columns < lengths[:, None])
     comparisons.sort(key=lambda comparison: comparison[0])         # prompt by prompt
     group, chosen, rejected = torch.tensor(comparisons).T
     return Preferences(ids, mask, torch.zeros(len(ids)), k * group + chosen, k * group + rejected,

@@ -28,8 +28,7 @@ import data
 import dpo
 import ppo
 from data import Preferences, named_generator, named_rng
-from harness import (PARTS, LossError, Stage, Stages, UserError, cached, option,
-                     part_indices)
+from harness import PARTS, LossError, Stage, Stages, UserError, cached, option, part_indices
 from model import (GPT, GPTConfig, batched_sequence_logp, cpu_state_dict, generate, lr_schedule,
                    response_token_logp)
 from plots import (STYLE, cost, evaluation_prompts, figures, frontier, gap, mean_and_se,
@@ -64,7 +63,8 @@ class Config:
     completions: int = option(4, "completions a prompt, and PPO's episodes a prompt", 2, 64)
     labels: str = option("deterministic", "deterministic: higher reward wins (paper); bt: Eq. 1",
                          choices=("deterministic", "bt"))
-    tau: float = option(.1, "temperature of bt labels: sigma((r_1 - r_2) / tau)", 1e-6, 1e6)
+    tau: float = option(.1, "temperature of bt labels: sigma((r_1 - r_2) / tau); of the annotators "
+                        "in plots/judges.py too", 1e-6, 1e6)
     # DPO and other losses on pairs (App. B)
     betas: tuple[float, ...] = option((.7, 1., 2., 3.), "beta of DPO and of --loss, a list (paper: "
                                       ".05,.1,1,5)", 1e-6, 1e6)
@@ -73,9 +73,9 @@ class Config:
     preferred_runs: int = option(1, "runs of Preferred-FT, each in its own order", 0, 100)
     batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs); "
                                 "of reward model and initial critic too", 1, 10**5)
-    lr: float = option(5e-4, "peak learning rate on pairs", 1e-12, 10)
-    adam_beta2: float = option(.95, "Adam's beta2 on pairs and in PPO (usually .999; SFT: .98)", 0,
-                               .99999)
+    lr: float = option(5e-4, "peak learning rate of policies on pairs", 1e-12, 10)
+    adam_beta2: float = option(.95, "Adam's beta2 for policies, on pairs and by PPO (SFT: .98; "
+                               "reward model, critic: .999, as usual)", 0, .99999)
     epochs: int = option(1, "epochs over the pairs", 1, 1000)
     rounds: int = option(1, "rounds of pairs, each from the policy as it is then (paper: 1)", 1,
                          10**4)
@@ -104,6 +104,7 @@ class Config:
 
 PRESETS = {
     "default": {},
+    # the paper's number of pairs; betas and targets for the KL at which the optimum is reliable
     "paper": dict(prompts=25_000, betas=(.7, 1.25, 2.25, 3.5), alphas=(.05, .1, .5, 1.), lr=2.5e-4,
                   kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
                   optimum_samples=512),
@@ -246,8 +247,7 @@ def prepare(cfg: Config, seed: int, stages: Stages, device: str, pair_texts: lis
         ref_logp = batched_sequence_logp(ref, user_pairs.ids, user_pairs.mask, device)
         user_pairs = user_pairs._replace(ref_logp=ref_logp)
     return setup._replace(corpus=make_corpus(setup, "film"), encoding=encoding,
-                          user_pairs=user_pairs,
-                          key=Stage(train_reference, setup).path.name)
+                          user_pairs=user_pairs, key=Stage(train_reference, setup).path.name)
 
 
 # ---------------------------------------------------------------- completions, labels (Section 6)
@@ -291,7 +291,7 @@ def label_completions(setup: Setup, completions: dict[str, Tensor], *names) -> P
                        loser, cfg.completions)
 
 
-NO_PAIRS = ("in every prompt all completions have the same reward, so there is no pair to learn "
+NO_PAIRS = ("at every prompt all completions have the same reward, so there is no pair to learn "
             "from: train pi_ref longer (--sft-epochs), or use more --prompts")
 
 
@@ -353,11 +353,11 @@ def train_on_pairs(setup: Setup, policy: GPT, run: Run,
                    loss_function: Callable) -> tuple[int, Iterator[dict[str, float]]]:
     """DPO, or another loss on pairs: the number of steps, and an iterator that takes them.
 
-    Each step yields its statistics (`run_steps` drives the iterator). In the paper all pairs come
-    from pi_ref. With --rounds, the prompts are divided among the rounds, and the completions of a
-    round come from the policy as it is then; pi_ref stays the reference of the loss. A round has
-    fewer steps than planned if some of its prompts have only ties; the learning rate then ends
-    above 0.
+    Each step yields its statistics (`run_steps` drives the iterator). In the paper's sentiment task
+    all pairs come from pi_ref. With --rounds, the prompts are divided among the rounds, and the
+    completions of a round come from the policy as it is then; pi_ref stays the reference of the
+    loss. A round has fewer steps than planned if some of its prompts have only ties; the learning
+    rate then ends above 0.
     """
     cfg = setup.cfg
     pairs, prompt_count = None, cfg.prompts    # in rounds, `sample_round` makes the pairs
@@ -458,8 +458,8 @@ METHODS = {    # method -> how it is trained; its loss, or the function that mak
 
 
 # -------------------------------------------------------------------------------------- evaluation
-# The figures evaluate policies too: `frontier.sample_rewards` samples and scores; its KL is
-# `model.response_kl`.
+# `frontier.sample_rewards` samples and scores; it is in plots/ because the figures use it too. Its
+# KL is `model.response_kl`.
 def evaluate(setup: Setup, policy: GPT, samples: int, *names) -> dict[str, float]:
     """Mean true reward and mean sequence KL(pi || pi_ref), nats, with standard errors.
 
@@ -518,7 +518,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         result["step"] = step
         check_finite(statistics)
         if (step - 1) % interval == 0:
-            recent = []    # the statistics of this interval, which may end in two rows
+            recent = []    # of this interval; if rounds end early, the last two rows share it
         recent.append(statistics)
         if step % interval == 0 and step < steps:
             add_row(is_final=False)
@@ -556,9 +556,9 @@ def policy_stages(setup: Setup, settings: dict[str, Iterable[float]]) -> list[St
 def train_sweep(setups: list[Setup]) -> list[Stage]:
     """The stages of all policies of Section 6, for every seed, when they are finished.
 
-    `get_all` needs each stage after those that it reads. The initial critic of PPO reads the reward
-    model, which takes long, so it comes after the policies of PPO-GT: with few workers, none waits
-    for the reward model. The critic of PPO-GT needs only the true reward.
+    `get_all` gets each stage after those that it reads. The initial critic of PPO reads the reward
+    model, which takes long, so it comes after the policies of PPO-GT, which need neither: with few
+    workers, none waits for the reward model. The critic of PPO-GT needs only the true reward.
     """
     cfg = setups[0].cfg
     independent, ppo_gt, ppo_critics, remaining = [], [], [], []
@@ -604,7 +604,6 @@ def find_baselines(setup: Setup) -> list[Stage]:
 def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tuple[Setup, list]:
     """Setup and finished stages of a configuration with some fields changed, for plots/gap.py."""
     cfg = dataclasses.replace(setup.cfg, **fields)
-    check_config(cfg)
     changed = prepare(cfg, setup.seed, setup.stages, setup.device)
     trained = policy_stages(changed, settings)
     setup.stages.get_all(trained)
@@ -630,9 +629,9 @@ def write_and_report(out: pathlib.Path, cfg: Config, rows: list[dict], failures:
                      optimum: dict, measured: list[dict], seconds: dict[str, float]) -> int:
     """Write all results, draw all figures and print the tables; returns the exit code.
 
-    `measured` are the rows of single figures; those of earlier commands are added. `seconds` of
-    each stage are for the cost figure. With --loss they are empty, and the costs of an earlier
-    command stay.
+    `measured` are the rows of single figures. Figures that it lacks keep their rows of an earlier
+    command, if the optimum is the same. `seconds` of each stage are for the cost figure; they are
+    empty with --loss, which measures no costs.
     """
     measured = measured + figures.earlier_rows(out, optimum, measured)
     rows = tables.finish_rows(rows, measured, optimum, dataclasses.asdict(cfg))
@@ -659,7 +658,7 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         stages.on_row = partial(figures.draw_progress, out)
     setups = [prepare(cfg, seed, stages, device, pair_texts, args.pairs)
               for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-    for setup in setups:    # first, because all workers can share this work; later from its files
+    for setup in setups:    # first, while all workers can share the sampling; then it is in files
         reference_completions(setup, "train", cfg.prompts)
         if rank == 0 and not pair_texts:
             write_preferences(setup, overwrite=not losses)
@@ -687,6 +686,9 @@ def main() -> int:
     """Read the command line and start the workers; returns the exit code."""
     cfg, args = harness.read_flags(sys.argv[1:], Config, PRESETS, __doc__.splitlines()[0])
     check_config(cfg)
+    if args.study:    # a variant that cannot be trained is refused before any work
+        for fields in gap.changed_fields(cfg).values():
+            check_config(dataclasses.replace(cfg, **fields))
     device = harness.choose_device(args.device)
     # each worker loads its own; a bad loss is refused here, before any work
     harness.load_losses(args.loss, reserved=STYLE)

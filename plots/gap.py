@@ -1,9 +1,9 @@
 """What keeps DPO from the optimum? (`train.py --study`)
 
-Left: the share of the optimal gain of DPO and of four variants: Adam has its usual beta2; the
-network is twice as wide (with half the learning rate); the pairs come in 8 rounds from the policy
-itself; and, with the rounds, the labels are those of Eq. 1, from 16 completions a prompt. Right:
-where each policy spends its nats, by the role of the token (plots/nats.py), at KL near 2.
+Left: the share of the optimal gain of DPO and of four variants: the network is twice as wide (with
+half the learning rate); the pairs come in 8 rounds from the policy itself; the same, with the
+labels of Eq. 1 for 16 completions a prompt; and all of this together. Right: where each policy
+spends its nats, by the role of the token (plots/nats.py), at KL near 2.
 """
 from typing import Callable
 
@@ -19,40 +19,46 @@ from plots import (STYLE, evaluation_prompts, frontier, load_finished_policy, me
 
 PAPER = "one round (the paper)"
 ROUNDS = "8 rounds"
-BRADLEY_TERRY = "8 rounds, labels of Eq. 1"
+EQ_1_LABELS = "8 rounds, labels of Eq. 1"
+WIDE = "twice as wide"
+EQ_1_LABELS_WIDE = f"{EQ_1_LABELS}, {WIDE}"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
     PAPER: (STYLE["dpo"][1], "o", "-"),
-    "Adam's usual beta2": ("#8C564B", "v", "--"),
-    "twice as wide": ("#E7298A", "P", "-."),
+    WIDE: ("#E7298A", "P", "-."),
     ROUNDS: ("#7F3FBF", "^", "-"),
-    BRADLEY_TERRY: ("#66A61E", "X", "-"),
+    EQ_1_LABELS: ("#66A61E", "X", "-"),
+    EQ_1_LABELS_WIDE: ("#8C564B", "v", "--"),
 }
 NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of the optimum
     ("ppo_gt", PAPER): STYLE["ppo_gt"][1],
     ("dpo", PAPER): STYLE["dpo"][1],
     ("dpo", ROUNDS): VARIANTS[ROUNDS][0],
-    ("dpo", BRADLEY_TERRY): VARIANTS[BRADLEY_TERRY][0],
+    ("dpo", EQ_1_LABELS): VARIANTS[EQ_1_LABELS][0],
 }
 TARGET_KL = 2.    # nats, at which policies are compared by role
 SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ranks
 
 
-def variants(cfg, optimum: dict) -> dict[str, tuple[dict, dict]]:
-    """name -> (fields of the configuration to change, methods with the settings to train).
+def changed_fields(cfg) -> dict[str, dict]:
+    """variant -> the fields of the configuration that it changes."""
+    wide = dict(width=2 * cfg.width, lr=cfg.lr / 2)
+    eq_1_labels = dict(rounds=8, completions=16, labels="bt")
+    return {PAPER: dict(rounds=1), WIDE: {"rounds": 1, **wide}, ROUNDS: dict(rounds=8),
+            EQ_1_LABELS: eq_1_labels, EQ_1_LABELS_WIDE: {**eq_1_labels, **wide}}
+
+
+def settings_of(variant: str, cfg, optimum: dict) -> dict[str, tuple]:
+    """method -> the settings to train.
 
     With labels of Eq. 1 the minimiser of Eq. 7 is the optimum at the price tau * beta of a nat. So
     their betas are those whose KL should be the targets of PPO.
     """
-    settings = {"dpo": cfg.betas[1:]}
-    prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets]
-    betas = tuple(sorted({round(price / cfg.tau, 3) for price in prices}))
-    return {
-        PAPER: (dict(rounds=1), {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}),
-        "Adam's usual beta2": (dict(rounds=1, adam_beta2=.999), settings),
-        "twice as wide": (dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2), settings),
-        ROUNDS: (dict(rounds=8), settings),
-        BRADLEY_TERRY: (dict(rounds=8, completions=16, labels="bt"), {"dpo": betas}),
-    }
+    if variant == PAPER:
+        return {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}
+    if variant in (EQ_1_LABELS, EQ_1_LABELS_WIDE):
+        prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets]
+        return {"dpo": tuple(sorted({round(price / cfg.tau, 3) for price in prices}))}
+    return {"dpo": cfg.betas[1:]}
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -128,7 +134,8 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
     """
     rows, failures, measurements = [], [], []
     optimum = frontier.estimate_optimum(setup, sweep)
-    for variant, (fields, settings) in variants(setup.cfg, optimum).items():
+    for variant, fields in changed_fields(setup.cfg).items():
+        settings = settings_of(variant, setup.cfg, optimum)
         changed, trained = train_variant(setup, fields, settings)
         finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
                     for stage in trained for row in stage.value["rows"] if row["final"]]

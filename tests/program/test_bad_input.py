@@ -131,6 +131,8 @@ FLAGS = {    # flags: a word of the error
     "--rounds=65": "--rounds",
     "--ppo-batch=18": "--ppo-batch",
     "--ppo-batch=16 --completions=3": "--completions",
+    "--study --ppo-batch=24": "--completions 16",    # of a variant of the study
+    "--study --prompts=7": "--rounds 8",
     "--preset=huge": "--preset",
     "--preset=": "--preset",
     "--nothing=1": "--nothing",

@@ -28,6 +28,11 @@ def encoding():
     return data.make_encoding(data.learn_ranks(corpus["train"][:100], 400))
 
 
+@pytest.fixture(scope="module")
+def encoding_of_another_seed():
+    return data.make_encoding(data.learn_ranks(data.write_corpus(400, 1)["train"][:100], 400))
+
+
 def make_preferences(encoding):
     """Preferences over two equal prompts with three completions each.
 
@@ -166,6 +171,14 @@ def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
     with pytest.raises(harness.UserError, match="p.jsonl, line 2") as error:
         harness.read_pairs(tmp_path / "p.jsonl")
     assert BAD_LINES[line] in str(error.value)
+
+
+def test_tokens_of_another_tokenizer_are_refused(encoding, encoding_of_another_seed, tmp_path):
+    """Each seed has its own tokenizer: the tokens of an export spell other texts with another."""
+    export(tmp_path / "p.jsonl", encoding)
+    pairs = harness.read_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(harness.UserError, match="--seed"):
+        encode(encoding_of_another_seed, pairs)
 
 
 BAD_COLUMNS = [
