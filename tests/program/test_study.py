@@ -70,6 +70,13 @@ def test_the_study_changes_what_its_variants_say_and_names_what_failed(study):
         f"{variant}: loss not finite" for variant in (gap.WIDE, gap.EQ_1_LABELS_WIDE)]
 
 
+def test_labels_of_eq_1_get_the_betas_whose_price_is_that_of_the_target_kls():
+    """The price of a nat is tau * beta; here the frontier has its price at each target KL."""
+    optimum = {"kl": [1., 2., 4.], "beta": [.1, .05, .02], "reward": [.7, .77, .84], "se": [0.] * 3}
+    cfg = dataclasses.replace(DEFAULT, kl_targets=(1., 2., 4.), tau=.1)
+    assert gap.settings_of(gap.EQ_1_LABELS, cfg, optimum) == {"dpo": (.2, .5, 1.)}
+
+
 def test_variants_with_the_same_pi_ref_have_the_same_optimum(study):
     """Shares are relative to the optimum of the sweep, unless pi_ref differs."""
     rows, *_ = study
