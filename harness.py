@@ -302,7 +302,8 @@ def load_stage(path: pathlib.Path) -> dict | None:
             if archive.testzip():
                 return None
         stored = torch.load(path, weights_only=True)
-        return stored if stored["file"] == path.name else None
+        is_complete = stored["file"] == path.name and "inputs" in stored    # not of old versions
+        return stored if is_complete else None
     except Exception:                                              # a damaged file may raise any
         return None
 

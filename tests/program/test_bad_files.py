@@ -29,7 +29,8 @@ def test_whatever_stands_in_a_stages_file_is_made_again_or_what_was_written(tmp_
     path = tmp_path / "x.k.pt"
     r = data.named_rng("files")
     value = torch.arange(40)
-    torch.save({"file": path.name, "value": value, "seconds": 0.}, path)
+    content = {"file": path.name, "inputs": {}, "value": value, "seconds": 0.}
+    torch.save(content, path)
     stored = harness.load_stage(path)
     assert torch.equal(stored["value"], value)
 
