@@ -632,15 +632,16 @@ def encode_preference(encoding, pair: dict) -> list[list[int]]:
 
     Raises an error if those do not spell the text: they are of another tokenizer, or damaged.
     """
-    exported = pair.get("prompt_ids", {}).get(pair["prompt"])
-    rows = [exported or encoding.encode_ordinary(pair["prompt"])]
-    for name in ("chosen", "rejected"):
-        exported = pair.get("response_ids", {}).get(pair[name])
-        rows.append(exported or encoding.encode_ordinary(pair[name]) + [encoding.eot_token])
-    spelled = [encoding.decode([token for token in row if token != encoding.eot_token])
-               for row in rows]
-    if spelled != [pair["prompt"], pair["chosen"], pair["rejected"]]:
-        raise ValueError("the tokens do not spell the texts")
+    end = encoding.eot_token
+    rows = []
+    for name, column, ending in (("prompt", "prompt_ids", []), ("chosen", "response_ids", [end]),
+                                 ("rejected", "response_ids", [end])):
+        row = pair.get(column, {}).get(pair[name])
+        if not row:
+            row = encoding.encode_ordinary(pair[name]) + ending
+        elif encoding.decode([token for token in row if token != end]) != pair[name]:
+            raise ValueError("the tokens do not spell the text")
+        rows.append(row)
     return rows
 
 

@@ -43,8 +43,8 @@ def changed_fields(cfg) -> dict[str, dict]:
     """variant -> the fields of the configuration that it changes."""
     wide = dict(width=2 * cfg.width, lr=cfg.lr / 2)
     eq_1_labels = dict(rounds=8, completions=16, labels="bt")
-    return {PAPER: dict(rounds=1), WIDE: {"rounds": 1, **wide}, ROUNDS: dict(rounds=8),
-            EQ_1_LABELS: eq_1_labels, EQ_1_LABELS_WIDE: {**eq_1_labels, **wide}}
+    return {PAPER: dict(rounds=1), WIDE: dict(rounds=1, **wide), ROUNDS: dict(rounds=8),
+            EQ_1_LABELS: eq_1_labels, EQ_1_LABELS_WIDE: dict(**eq_1_labels, **wide)}
 
 
 def settings_of(variant: str, cfg, optimum: dict) -> dict[str, tuple]:

@@ -181,6 +181,12 @@ def test_tokens_of_another_tokenizer_are_refused(encoding, encoding_of_another_s
         encode(encoding_of_another_seed, pairs)
 
 
+def test_a_plain_text_need_not_survive_the_tokenizer(encoding):
+    """Half of a surrogate pair has no tokens of its own; a text without tokens may contain it."""
+    pair = {**PLAIN_PAIR, "chosen": ". The plot was superb \ud800."}
+    assert len(encode(encoding, [pair]).winner) == 1
+
+
 BAD_COLUMNS = [
     {"prompt_ids": 3},
     {"prompt_ids": {TEXTS[0]: 3}},
