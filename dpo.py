@@ -222,6 +222,19 @@ def optimal_reward(kl: float, frontier: dict[str, list[float]]) -> tuple[float, 
     return min(tangents)
 
 
+def gap_to_optimum(reward: Tensor, kl: Tensor, log_weight: Tensor, sampled_reward: Tensor,
+                   beta: float) -> Tensor:
+    """beta KL(pi || pi*) = beta (log Z(x) + KL(pi || pi_ref)) - E_pi[r]          Eq. 14 -> (X,)
+
+    What a policy lacks of the maximum of Eq. 3 at each prompt: never negative. reward (X,) and kl
+    (X,) are those of the policy at X prompts. Z is estimated from samples as in
+    `optimal_frontier`: log_weight (X, N), sampled_reward (X, N). If beta is the slope of the
+    frontier at the mean KL, the mean gap is F(KL) - E_pi[r].
+    """
+    log_weight = log_weight.double() - math.log(log_weight.shape[1])
+    return beta * (log_partition(log_weight, sampled_reward.double(), beta) + kl) - reward
+
+
 def share_of_optimal_gain(reward: float, reward_se: float, kl: float, kl_se: float,
                           frontier: dict) -> tuple[float, float, float]:
     """The share of the optimal gain: (E_pi[r] - E_ref[r]) / (F(KL) - E_ref[r]).

@@ -171,7 +171,8 @@ def total_memory() -> float:
 # setup.user_pairs; and its other arguments. All of this is found by reading the code, so that
 # nobody has to list it. Comments are no part of the code, docstrings are. Of a user's loss the text
 # of FILE.py counts, comments too, but no module that it imports. Device, number of workers and
-# versions of packages are not in the hash. Definitions with a name in NOT_HASHED are left out too:
+# versions of packages are not in the hash. (Machines that share a folder need the same version of
+# Python: `ast.unparse` depends on it.) Definitions with a name in NOT_HASHED are left out too:
 # nearly every stage names them, so an edit of them would recompute all.
 ROOT = pathlib.Path(__file__).resolve().parent
 NOT_HASHED = "Config", "Setup", "Stage", "cached"

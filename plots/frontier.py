@@ -94,16 +94,19 @@ def sample_proposals(setup, part: int, proposals: tuple[Stage, ...]) -> tuple[Te
     return reward, log_weight
 
 
+def samples_of_optimum(setup, proposals: tuple[Stage, ...]) -> tuple[Tensor, Tensor]:
+    """Rewards and log weights of N samples for each evaluation prompt -> (X, N) each."""
+    samples = setup.stages.get_all([Stage(sample_proposals, setup, part, proposals)
+                                    for part in part_indices(setup.cfg.eval_prompts)])
+    return tuple(torch.cat(x) for x in zip(*samples))
+
+
 def estimate_optimum(setup, trained: list[Stage]) -> dict:
     """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean.
 
     It is estimated from samples of pi_ref, and of some trained policies, which reach further.
     """
-    proposals = choose_proposals(setup, trained)
-    samples = setup.stages.get_all([Stage(sample_proposals, setup, part, proposals)
-                                    for part in part_indices(setup.cfg.eval_prompts)])
-    reward, log_weight = (torch.cat(x) for x in zip(*samples))                   # (X, N) each
-    return optimum_from_samples(reward, log_weight)
+    return optimum_from_samples(*samples_of_optimum(setup, choose_proposals(setup, trained)))
 
 
 def mean_optimum(optima: dict[int, dict]) -> dict:

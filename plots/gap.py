@@ -1,8 +1,8 @@
 """What keeps DPO from the optimum? (`train.py --study`)
 
-Left: the share of the optimal gain of DPO and of four variants: the network is twice as wide (with
+Left: the share of the optimal gain of DPO and of three variants: the network is twice as wide (with
 half the learning rate); the pairs come in 8 rounds from the policy itself; the same, with the
-labels of Eq. 1 for 16 completions a prompt; and all of this together. Right: where each policy
+labels of Eq. 1. Those are noisy, so there are 64 completions a prompt. Right: where each policy
 spends its nats, by the role of the token (plots/nats.py), at KL near 2.
 """
 from typing import Callable
@@ -15,19 +15,17 @@ import dpo
 from harness import Stage, cached
 from model import batched_sequence_logp, generate
 from plots import (STYLE, evaluation_prompts, frontier, load_finished_policy, mean_and_se, nats,
-                   plt, save, short_label, tables)
+                   plt, save, short_label)
 
 PAPER = "one round (the paper)"
 ROUNDS = "8 rounds"
 EQ_1_LABELS = "8 rounds, labels of Eq. 1"
 WIDE = "twice as wide"
-EQ_1_LABELS_WIDE = f"{EQ_1_LABELS}, {WIDE}"
 VARIANTS = {    # variant of DPO -> colour, marker, line style; no colour of another method
     PAPER: (STYLE["dpo"][1], "o", "-"),
     WIDE: ("#E7298A", "P", "-."),
     ROUNDS: ("#7F3FBF", "^", "-"),
     EQ_1_LABELS: ("#66A61E", "X", "-"),
-    EQ_1_LABELS_WIDE: ("#8C564B", "v", "--"),
 }
 NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of the optimum
     ("ppo_gt", PAPER): STYLE["ppo_gt"][1],
@@ -41,10 +39,10 @@ SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ra
 
 def changed_fields(cfg) -> dict[str, dict]:
     """variant -> the fields of the configuration that it changes."""
-    wide = dict(width=2 * cfg.width, lr=cfg.lr / 2)
-    eq_1_labels = dict(rounds=8, completions=16, labels="bt")
-    return {PAPER: dict(rounds=1), WIDE: dict(rounds=1, **wide), ROUNDS: dict(rounds=8),
-            EQ_1_LABELS: eq_1_labels, EQ_1_LABELS_WIDE: dict(**eq_1_labels, **wide)}
+    return {PAPER: dict(rounds=1), WIDE: dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2),
+            ROUNDS: dict(rounds=8),
+            # ppo_batch is not used here, but must be a multiple of completions
+            EQ_1_LABELS: dict(rounds=8, labels="bt", completions=64, ppo_batch=64)}
 
 
 def settings_of(variant: str, cfg, optimum: dict) -> dict[str, tuple]:
@@ -55,7 +53,7 @@ def settings_of(variant: str, cfg, optimum: dict) -> dict[str, tuple]:
     """
     if variant == PAPER:
         return {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}
-    if variant in (EQ_1_LABELS, EQ_1_LABELS_WIDE):
+    if variant == EQ_1_LABELS:
         prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets]
         return {"dpo": tuple(sorted({round(price / cfg.tau, 3) for price in prices}))}
     return {"dpo": cfg.betas[1:]}
@@ -90,6 +88,29 @@ def rank_accuracy(setup, policy, sampler, *names) -> tuple[float, float]:
 
 
 @cached
+def measure_share(setup, variant: str, stage: Stage, proposals: tuple[Stage, ...]) -> dict:
+    """The row of a finished policy, with its share of the optimal gain.
+
+    Policy and optimum are compared prompt by prompt: the error is that of their difference, which
+    varies less over prompts than the reward does. The responses are those of train.evaluate.
+    """
+    final = stage.value["rows"][-1]
+    names = final["method"], final["setting"], final["step"]
+    generator = data.named_generator("evaluation", *names, setup.cfg.seed, device=setup.device)
+    reward, kl, _ = frontier.sample_rewards(setup, load_finished_policy(setup, stage),
+                                            evaluation_prompts(setup), setup.cfg.eval_samples,
+                                            generator)
+    sampled_reward, log_weight = frontier.samples_of_optimum(setup, proposals)
+    optimum = frontier.optimum_from_samples(sampled_reward, log_weight)
+    optimal, beta, _ = dpo.optimal_reward(final["kl"], optimum)    # the slope of the frontier
+    gap = dpo.gap_to_optimum(reward.mean(1), kl.mean(1), log_weight, sampled_reward, beta)
+    mean_gap, gap_se = mean_and_se(gap[:, None])
+    gain = optimal - optimum["ref_reward"]
+    return {**final, "figure": "gap", "panel": "share", "variant": variant,
+            "optimal_reward": optimal, "share": 1 - mean_gap / gain, "share_se": gap_se / gain}
+
+
+@cached
 def measure_policy(setup, variant: str, method: str, stage: Stage) -> dict:
     """The row of a finished policy: its nats by role, and the accuracy of the reward it implies."""
     policy = load_finished_policy(setup, stage)
@@ -115,15 +136,13 @@ def measure_optimum(setup, beta: float, proposals: tuple[Stage, ...]) -> dict:
             "step": 0, **nats.optimum_nats(setup, policies, prompts, beta)}
 
 
-def stages_to_measure(trained: list[Stage]) -> list[Stage]:
-    """Of each method the stage whose finished policy has the KL nearest to 2, if any."""
-    finished = {}    # method -> stages with a finished policy
-    for stage in trained:
-        rows = stage.value["rows"]
-        if rows and rows[-1]["final"]:
-            finished.setdefault(stage.value["method"], []).append(stage)
+def nearest_to_target(finished: list[Stage]) -> list[Stage]:
+    """Of each method the stage whose finished policy has the KL nearest to 2."""
+    groups = {}    # method -> stages
+    for stage in finished:
+        groups.setdefault(stage.value["method"], []).append(stage)
     return [min(group, key=lambda stage: abs(stage.value["rows"][-1]["kl"] - TARGET_KL))
-            for group in finished.values()]
+            for group in groups.values()]
 
 
 def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict], list[dict]]:
@@ -132,26 +151,25 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
     train_variant(setup, fields, settings) -> the setup and the stages of a configuration with some
     fields changed.
     """
-    rows, failures, measurements = [], [], []
+    failures, measurements = [], []
     optimum = frontier.estimate_optimum(setup, sweep)
+    proposals = frontier.choose_proposals(setup, sweep)
     for variant, fields in changed_fields(setup.cfg).items():
         settings = settings_of(variant, setup.cfg, optimum)
         changed, trained = train_variant(setup, fields, settings)
-        finished = [{"figure": "gap", "panel": "share", "variant": variant, **row}
-                    for stage in trained for row in stage.value["rows"] if row["final"]]
-        curve = optimum
-        if changed.key != setup.key:    # a wider network: another pi_ref, another optimum
-            curve = frontier.estimate_optimum(changed, trained)
-        tables.add_shares(finished, {"seeds": {str(setup.seed): curve}})
-        rows += finished
         failed = [stage.value["failure"] for stage in trained if stage.value["failure"]]
         failures += [{**failure, "reason": f"{variant}: {failure['reason']}"} for failure in failed]
+        finished = [stage for stage in trained if not stage.value["failure"]]
+        samplers = proposals
+        if changed.key != setup.key:    # a wider network: another pi_ref, another optimum
+            samplers = frontier.choose_proposals(changed, trained)
+        measurements += [Stage(measure_share, changed, variant, stage, samplers)
+                         for stage in finished]
         measurements += [Stage(measure_policy, changed, variant, stage.value["method"], stage)
-                         for stage in stages_to_measure(trained)]
+                         for stage in nearest_to_target(finished)]
     _, beta, _ = dpo.optimal_reward(TARGET_KL, optimum)    # the slope of the frontier is its beta
-    proposals = frontier.choose_proposals(setup, sweep)
     measurements.append(Stage(measure_optimum, setup, beta, proposals))
-    return rows + setup.stages.get_all(measurements), failures
+    return setup.stages.get_all(measurements), failures
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -161,8 +179,7 @@ def draw_variants(axis, rows: list[dict]) -> None:
     _, colour, marker = STYLE["ppo_gt"]
     lines.append(("ppo_gt", PAPER, "PPO-GT", (colour, marker, ":")))
     for method, variant, label, (colour, marker, line) in lines:
-        points = [row for row in rows if row["method"] == method and row["variant"] == variant
-                  and row["share"] is not None]
+        points = [row for row in rows if row["method"] == method and row["variant"] == variant]
         points.sort(key=lambda row: row["kl"])
         axis.errorbar([row["kl"] for row in points], [row["share"] for row in points],
                       yerr=[row["share_se"] for row in points], label=label, color=colour,

@@ -131,8 +131,7 @@ FLAGS = {    # flags: a word of the error
     "--rounds=65": "--rounds",
     "--ppo-batch=18": "--ppo-batch",
     "--ppo-batch=16 --completions=3": "--completions",
-    "--study --ppo-batch=24": "--completions 16",    # of a variant of the study
-    "--study --prompts=7": "--rounds 8",
+    "--study --prompts=7": "--rounds 8",    # of a variant of the study
     "--preset=huge": "--preset",
     "--preset=": "--preset",
     "--nothing=1": "--nothing",

@@ -158,6 +158,26 @@ def test_the_gap_to_the_frontier_is_beta_times_the_kl_to_the_optimum():
                 "Eq. 14: the gap to the frontier is beta(k) KL(pi || pi*_beta(k))", 1e-8)
 
 
+def test_the_gap_at_each_prompt_is_beta_times_its_kl_to_the_optimum():
+    """Eq. 14 prompt by prompt: beta (log Z(x) + KL(pi || pi_ref)) - E_pi[r] = beta KL(pi || pi*).
+
+    The listed responses are the samples; N pi_ref(y|x) is the weight of each. At the slope of the
+    frontier at the mean KL, the mean gap is F(KL) - E_pi[r].
+    """
+    r, ref, samples = enumerable_task()
+    curve = dpo.optimal_frontier(samples, BETAS)
+    log_weight = ref + math.log(world.N)
+    for logp in many_policies(r, ref)[::40]:
+        reward, kl = world.expectation(logp, r), world.kl(logp, ref)
+        height, beta, _ = dpo.optimal_reward(kl.mean().item(), curve)
+        gap = dpo.gap_to_optimum(reward, kl, log_weight, r, beta)
+        world.agree(gap, beta * world.kl(logp, listed_optimum(r, ref, beta)),
+                    "Eq. 14: the gap of a prompt is beta KL(pi || pi*); does Z lack the weights?",
+                    1e-8)
+        world.agree(gap.mean(), torch.tensor(height).double() - reward.mean(),
+                    "the mean gap is F(KL) - E_pi[r]", 1e-6)
+
+
 def test_the_slope_of_the_frontier_is_beta():
     """dF/dk = beta: on the frontier one more nat buys beta of reward; this beta is returned."""
     _, _, samples = enumerable_task()
