@@ -51,6 +51,7 @@ from torch import Tensor
 import data
 from data import Preferences
 from dpo import Pair
+from model import first_response_token
 
 
 # --------------------------------------------------------------------------------------- 1. errors
@@ -614,7 +615,7 @@ def export_preferences(encoding, preferences: Preferences) -> list[dict]:
     text, which only --labels bt allows, these are the tokens of the rejected one. Pairs of one
     prompt have the same `group`.
     """
-    starts = preferences.mask.int().argmax(1)                      # of the responses
+    starts = first_response_token(preferences.mask)
     prompts = [ids[:start].tolist() for ids, start in zip(preferences.ids, starts)]
     responses = [ids[mask].tolist() for ids, mask in zip(preferences.ids, preferences.mask)]
     lines = []

@@ -344,6 +344,11 @@ def response_mask(ids: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int
     return response & (ends_before == 0)
 
 
+def first_response_token(mask: Tensor) -> Tensor:
+    """The position of the first response token, which is the prompt's length: (B, T) -> (B,)."""
+    return mask.int().argmax(1)
+
+
 def last_response_token(mask: Tensor) -> Tensor:
     """The position of the last response token: mask (B, T) -> (B,)."""
     return mask.shape[1] - 1 - mask.int().flip(1).argmax(1)

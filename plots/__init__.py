@@ -1,6 +1,8 @@
 """The figures, one module each: `measure` computes what training did not, `draw` draws its rows.
 
-This file has what the figures share: styles, statistics, and the choice of the policies to show.
+figures.py lists them; begin there. tables.py prints the tables, nats.py measures for gap.py, and
+class_frontier.py is for a class. This file has what the figures share: styles, statistics, and the
+choice of the policies to show.
 """
 import copy
 import pathlib
@@ -74,7 +76,7 @@ def checkpoint_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | 
                            for row, state in zip(run["rows"], run["checkpoints"])]
     near = [row for row in candidates if abs(row["kl"] - kl) <= kl / 10]
     finished = [row for row in near if row["final"]]
-    fallback = [row for row in candidates if row["final"]] or candidates    # none, if a run failed
+    fallback = [row for row in candidates if row["final"]] or candidates    # if all runs failed
     nearest = min(finished or near or fallback, key=lambda row: abs(row["kl"] - kl), default=None)
     if nearest is None:
         return None

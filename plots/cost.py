@@ -1,8 +1,8 @@
 """The cost of each method: seconds until a policy has 80% of the optimal gain at KL 2.
 
 Everything that a policy needs before its own training is included. A method and seed is represented
-by its run with the fewest training steps. Evaluations are noisy, so the goal is reached at the
-first evaluation that is good enough and is followed by another good one.
+by the run that reaches the goal in the fewest training steps. Evaluations are noisy, so the goal is
+reached at the first evaluation that is good enough and is followed by another good one.
 """
 import re
 
@@ -28,7 +28,7 @@ PIPELINES = {    # method -> its components
     "unlikelihood": ON_PAIRS,
     "preferred_ft": ON_PAIRS,
 }
-TOTAL = [f"{component}_seconds" for component in COMPONENTS] + ["training_seconds"]    # columns
+SECONDS_COLUMNS = [f"{component}_seconds" for component in COMPONENTS] + ["training_seconds"]
 
 
 # ------------------------------------------------------------------------------ the first success
@@ -125,11 +125,11 @@ def draw_method(axis, y: int, rows: list[dict]) -> None:
     arrived = [row for row in rows if row["arrived"]]
     text, end = "does not get there", 0.
     if arrived:
-        for column, shade in zip(TOTAL, colours):
+        for column, shade in zip(SECONDS_COLUMNS, colours):
             width = sum(row.get(column, 0.) for row in arrived) / len(arrived)
             axis.barh(y, width, left=end, color=shade, height=.6)
             end += width
-        totals = [sum(row.get(column, 0.) for column in TOTAL) for row in arrived]
+        totals = [sum(row.get(column, 0.) for column in SECONDS_COLUMNS) for row in arrived]
         spread = ""
         if len(rows) > 1:
             spread = (f" ({min(totals):.0f}-{max(totals):.0f}, "

@@ -1,8 +1,8 @@
 """Table 3: Unlikelihood degenerates during training and DPO does not.
 
 The panels show length, repetition, grammar and true reward over training. The difference is the
-weight sigma(rhat_l - rhat_w) of Section 4: it reduces the gradient of pairs whose rewards are
-already apart. Unlikelihood has no such weight; at alpha = 1 it is DPO with a constant weight
+weight sigma(rhat_l - rhat_w) of Section 4: it reduces the gradient of pairs that the policy already
+ranks right. Unlikelihood has no such weight; at alpha = 1 it is DPO with a constant weight
 (`dpo.constant_weight_loss`).
 """
 import itertools

@@ -109,7 +109,7 @@ def draw_progress(folder: pathlib.Path, row: dict) -> None:
 
 
 def draw_all(folder: pathlib.Path) -> list[str]:
-    """Draw every figure that has results in the folder; returns their names.
+    """Draw every figure that has results in the folder; returns the names of those it tried.
 
     Raises FileNotFoundError if the folder has no results.jsonl or no optimum.json.
     """

@@ -55,11 +55,13 @@ def share_scale(axis, other_axis) -> None:
 
 
 def draw(rows: list[dict], optimum: dict, path) -> None:
-    """Draw the rows of DPO in results.jsonl.
+    """Draw the rows of DPO in results.jsonl; nothing if there are none.
 
     `optimum` is not used: the figures from results.jsonl have the same signature.
     """
     rows = [row for row in rows if row["method"] == "dpo"]
+    if not rows:
+        return
     figure, axes = plt.subplots(2, 3, figsize=(12.9, 7), sharex=True)
     panels = dict(zip(PANELS, axes.T.flat))
     betas = sorted({row["setting"] for row in rows})

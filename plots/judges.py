@@ -6,8 +6,8 @@ annotators agree only as often as chance and tau allow, like two people.
 
 DPO, SFT and PPO are compared with one fixed opponent, as in the paper. The paper's opponent is PPO
 at temperature 0. Here it is Preferred-FT (pi_ref if there is none), and all policies are at
-temperature 1. Preferred-FT stands between SFT and the others, so that no policy always wins. An
-argmax would be the same text at nearly every prompt, which is good or bad by luck.
+temperature 1. Preferred-FT stands between SFT and the others, so that no policy always wins. At
+temperature 0 an opponent would write the same text at nearly every prompt, good or bad by luck.
 
 The paper: DPO, SFT and PPO (at temperature 1) win 58, 43, 17% by humans, 54, 32, 12% by GPT-4 (C).
 Humans agree with each other in 65% (DPO) and 87% (PPO) of comparisons, and GPT-4 (C) agrees with

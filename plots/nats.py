@@ -2,7 +2,7 @@
 
 The KL is the mean over y ~ pi of a sum over tokens of log pi/pi_ref, and each token has a role in
 the grammar. The true reward depends on negation, intensifiers, adjectives, "but" and the number of
-opinions. Nats on openings, aspects and verbs earn nothing; the optimum spends next to none there.
+opinions. Nats on openings, aspects and verbs earn next to nothing; the optimum spends few there.
 Nats on connectives earn in part: "but" matters, "and" does not. A role that a policy avoids, such
 as "not", has a negative sum.
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import data
-from model import GPT, generate, last_response_token, map_batches, response_token_logp
+from model import (GPT, first_response_token, generate, last_response_token, map_batches,
+                   response_token_logp)
 from plots import mean_and_se
 from plots.frontier import sample_mixture
 
@@ -92,7 +93,7 @@ def summarise(columns: dict[str, Tensor], samples: int) -> dict[str, float]:
     """The mean of each column (X * samples,), and its standard error over prompts as NAME_se."""
     row = {}
     for name, x in columns.items():
-        row[name], row[f"{name}_se"] = mean_and_se(x.double().view(-1, samples))
+        row[name], row[f"{name}_se"] = mean_and_se(x.view(-1, samples))
     return row
 
 
@@ -131,7 +132,7 @@ def optimum_nats(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], bet
     ids, mask = (x.cpu() for x in sample_optimal_policy(setup, policies, prompts, beta,
                                                           generator))
     reward = data.true_reward(setup.encoding, ids, mask)
-    begin, stop = mask.int().argmax(1), last_response_token(mask) + 1
+    begin, stop = first_response_token(mask), last_response_token(mask) + 1
     log_ratio = torch.zeros(ids.shape, dtype=torch.float64)
     before = log_value(setup, ids, begin, beta, generator)
     for t in range(int(begin.min()), int(stop.max())):

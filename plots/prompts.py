@@ -4,8 +4,9 @@ Left: log Z(x) (Eq. 4) of each prompt against its length, at the price at which 
 KL 2. A prompt that reaches into the first opinion decides a part of the reward. DPO never computes
 Z(x): it cancels in Eq. 6, because both responses of a pair have the same prompt.
 
-Right: the share of the optimal gain on prompts that are word for word among the training prompts,
-and on prompts that no training saw. The paper has no such comparison.
+Right: the share of the optimal gain on prompts that are token for token among the training prompts
+(of pairs and PPO), and on the others. SFT has read reviews that begin like some of the others. The
+paper has no such comparison.
 """
 import math
 
@@ -22,7 +23,7 @@ from plots.winrate import policies_to_compare
 KL = 2.                 # nats, of the optimum in the left panel
 SAMPLES = 8             # responses of a policy to each prompt
 MIXTURE_SAMPLES = 32    # responses of each policy to each prompt, for the optimum
-GROUPS = {"seen": "prompts of the training", "unseen": "new prompts"}
+GROUPS = {"seen": "training prompts", "unseen": "other prompts"}
 
 
 def seen_in_training(setup, prompts: tuple[Tensor, Tensor]) -> Tensor:
@@ -76,7 +77,7 @@ def share_rows(setup, policy: dict, model, prompts: tuple[Tensor, Tensor],
 
 # ---------------------------------------------------------------------------------------- drawing
 def draw_log_z(axis, rows: list[dict]) -> None:
-    """log Z(x) against the length of the prompt; filled for prompts that training saw."""
+    """log Z(x) against the length of the prompt; filled for training prompts."""
     shift = torch.rand(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     for is_seen, label in ((True, GROUPS["seen"]), (False, GROUPS["unseen"])):
         points = [(row, x) for row, x in zip(rows, shift) if row["seen"] == is_seen]

@@ -6,7 +6,7 @@ import re
 
 import data
 from model import generate
-from plots import evaluation_prompts, load_policy, styles_of
+from plots import STYLE, evaluation_prompts, load_policy
 from plots.winrate import policies_to_compare
 
 PROMPTS = 4
@@ -17,7 +17,7 @@ HEADER = [    # lines of Markdown
     "One response of each policy to each of the first evaluation prompts, with the true reward of",
     "prompt and response together. No response was selected. Of each method this is the finished",
     "policy nearest to KL 2 nats, or one during training if only that is within .2. All policies",
-    "use the same random numbers, so their texts agree as long as the policies do.",
+    "use the same random numbers: two texts are equal up to the token where the policies differ.",
 ]
 
 
@@ -51,7 +51,8 @@ def escape_markdown(text: str) -> str:
 
 
 def table_row(row: dict) -> str:
-    label, *_ = styles_of([row["method"]])[row["method"]]
+    """One response as a row of a Markdown table."""
+    label, *_ = STYLE[row["method"]]
     return (f"| {label} | {row['setting']:g} | {row['kl']:.2f} | {row['reward']:.2f} | "
             f"{escape_markdown(row['response'])} |")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import data
 import dpo
+from model import first_response_token
 from plots import BEST_OF_N, MIN_ESS, reliable_kl, styles_of
 
 
@@ -19,7 +20,7 @@ def optimum_of(optimum: dict, seed: int) -> dict:
 def add_shares(rows: list[dict], optimum: dict) -> None:
     """Add to each row `optimal_reward`, the optimum of its seed at its KL, and the `share`.
 
-    They are None for SFT and Best-of-1, whose gain is 0, and beyond the end of the curve.
+    They are None at KL 0 (SFT), where the optimal gain is 0, and beyond the end of the curve.
     """
     for row in rows:
         row.update(optimal_reward=None, share=None, share_se=None)
@@ -129,7 +130,7 @@ def mean_share(shares_of_seeds: list[tuple[float, float]]) -> str:
 def table_of_shares(rows: list[dict], kls: tuple[float, ...] = (1., 2., 4., 7.)) -> str:
     """The share of the optimal gain at some KLs, along each method's own frontier."""
     lines = ["share of the optimal gain at KL" + "".join(f"{kl:>14g}" for kl in kls)
-             + "   along each method's own frontier, mean over seeds"]
+             + "   along each method's own frontier, mean over the seeds with policies there"]
     for method, (label, *_) in styles_of(row["method"] for row in rows).items():
         cells = [mean_share(shares_at(rows, method, kl)) for kl in kls]
         if set(cells) != {"-"}:
@@ -148,7 +149,7 @@ def summary_of_preferences(encoding, pairs: data.Preferences,
     checked = texts[:1000]
     grammatical = sum(map(data.is_grammatical, checked)) / len(checked)
     ties = len(texts) * (pairs.k - 1) // 2 - len(pairs.winner)
-    starts = pairs.mask.int().argmax(1).tolist()
+    starts = first_response_token(pairs.mask).tolist()
     prompts = {tuple(row[:start]) for row, start in zip(pairs.ids.tolist(), starts)}
     evaluated = [tuple(row[:n]) for row, n in zip(*(x.tolist() for x in eval_prompts))]
     seen = sum(prompt in prompts for prompt in evaluated) / len(evaluated)

@@ -20,7 +20,7 @@ from plots import (REFERENCE, STYLE, checkpoint_near_kl, label_with_kl, load_pol
                    plt, save)
 from plots.best_of_n import kl_bound
 
-METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # compared with pi_ref and with Best-of-N
+METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # beside pi_ref; the opponent is the review
 TEMPERATURES = 0., .25, .5, .75, 1.
 CHECKPOINT_LINES = {.25: "-", 1.: "--"}    # temperature -> line style, right panel
 SAMPLES = 4         # responses to each prompt; one at temperature 0, where all are equal
@@ -171,7 +171,7 @@ def draw_training(axis, compared: list[dict], checkpoints: list[dict]) -> None:
         if curve:
             sft = [row for row in compared
                    if row["method"] == "sft" and row["temperature"] == temperature]
-            curve = [{**row, "step": 0} for row in sft] + curve
+            curve = sft + curve
         x = [row["step"] for row in curve]
         axis.plot(x, [row["win_rate"] for row in curve], line, color=colour, lw=1.6,
                   label=f"DPO, temperature {temperature:g}")

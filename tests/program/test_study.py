@@ -30,8 +30,8 @@ def fake_policies(setup, settings, wide_fails):
         else:
             rows = [{"method": method, "setting": 1., "seed": 0, "step": 8, "reward": .6,
                      "reward_se": .01, "kl": 1., "kl_se": .1, "final": True}]
-        value = {"method": method, "rows": rows, "failure": failure}
-        policies.append(SimpleNamespace(setup=setup, value=value))
+        value = {"method": method, "setting": 1., "rows": rows, "failure": failure}
+        policies.append(SimpleNamespace(setup=setup, path=(setup.key, method), value=value))
     return policies
 
 
@@ -87,7 +87,7 @@ def test_variants_have_the_optimum_of_their_own_pi_ref(study):
     """Shares are relative to the optimum of the sweep, unless pi_ref differs."""
     measurements, *_ = study
     shares = stages_of(measurements, gap.measure_share)
-    samplers = {stage.arguments[0]: stage.arguments[2] for stage in shares}
+    samplers = {stage.arguments[0]: stage.arguments[4] for stage in shares}
     same_pi_ref = dict.fromkeys(gap.VARIANTS, ("pi_ref 64",))
     assert samplers == {**same_pi_ref, gap.WIDE: ("pi_ref 128",)}
 
@@ -111,10 +111,10 @@ def test_the_share_is_that_of_the_sweep_with_the_error_of_the_gaps_of_the_prompt
     monkeypatch.setattr(gap, "evaluation_prompts", lambda setup: None)
     monkeypatch.setattr(gap, "load_finished_policy", lambda setup, stage: None)
     setup = SimpleNamespace(cfg=DEFAULT, device="cpu", ref=None)
-    final = {"method": "dpo", "setting": 2., "step": 7, "reward": reward.mean().item(),
+    final = {"step": 7, "reward": reward.mean().item(),
              "kl": kl.mean().item()}
     stage = SimpleNamespace(value={"rows": [{}, final]})
-    row = inspect.unwrap(gap.measure_share)(setup, "a variant", stage, ())
+    row = inspect.unwrap(gap.measure_share)(setup, "a variant", "dpo", 2., stage, ())
     optimum = gap.frontier.optimum_from_samples(*samples)
     optimal, share, _ = dpo.share_of_optimal_gain(row["reward"], 0., row["kl"], 0., optimum)
     assert row["share"] == pytest.approx(share, abs=1e-6)
