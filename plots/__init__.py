@@ -17,6 +17,7 @@ from harness import Stage, cached
 matplotlib.use("Agg")    # write files, never open a window
 import matplotlib.pyplot as plt    # noqa: E402 (after the backend is chosen)
 
+COMPARED_KL = 2.    # nats, at which the figures compare policies
 MIN_ESS = 50    # the optimum is reliable, and drawn solid, from this effective sample size on
 PUBLISHED = pathlib.Path(__file__).parent    # the figures and results that the README shows
 BEST_OF_N = "best_of_n", "best_of_n_gt"
@@ -62,7 +63,15 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
-def checkpoint_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | None:
+def verdict(r_1: Tensor, r_2: Tensor) -> Tensor:
+    """1 where response 1 has the higher reward, 0 where it has the lower one, .5 for a tie.
+
+    r_1 and r_2, of shapes that broadcast -> float64.
+    """
+    return (r_1 > r_2).double() + .5 * (r_1 == r_2).double()
+
+
+def checkpoint_near_kl(runs: list[dict], method: str, kl: float = COMPARED_KL) -> dict | None:
     """The checkpoint of a method whose KL is nearest to `kl` nats, if any.
 
     Figures compare the methods at equal KL. A finished policy within a tenth of `kl` is preferred
@@ -81,6 +90,13 @@ def checkpoint_near_kl(runs: list[dict], method: str, kl: float = 2.) -> dict | 
     if nearest is None:
         return None
     return {name: nearest[name] for name in ("method", "setting", "step", "kl", "state")}
+
+
+def runs_near_kl(runs: list[dict], method: str) -> list[dict]:
+    """A list of the run that has the checkpoint of `checkpoint_near_kl`; empty without one."""
+    near = checkpoint_near_kl(runs, method)
+    return [run for run in runs
+            if near and (run["method"], run["setting"]) == (method, near["setting"])]
 
 
 # pi_ref in the format of `checkpoint_near_kl`

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import data
 from model import generate, map_batches
-from plots import STYLE, evaluation_prompts, mean_and_se, plt, save
+from plots import STYLE, evaluation_prompts, mean_and_se, plt, save, verdict
 
 POOL = 512    # M, responses of pi_ref to each prompt
 NS = [2 ** i for i in range(8)]    # 1 to 128, as in the paper
@@ -37,7 +37,7 @@ def best_of_n_log_ratio(score: Tensor, n: int, logp: Tensor | None = None) -> Te
 
     C(s) is the probability that one draw scores at most s, and q that it scores exactly s. The best
     of N draws scores at most s with probability C^N, so it scores exactly s with probability
-    C^N - (C - q)^N. Members of equal score share this probability in the same proportions as q.
+    C^N - (C - q)^N. Members of equal score share this probability in proportion to their P.
     Hence P_N(y) / P(y) = (C^N - (C - q)^N) / q = C^(N-1) (1 - (1 - q/C)^N) / (q/C).
     """
     score = score.double().contiguous()
@@ -92,7 +92,7 @@ def sample_pools(setup) -> dict[str, Tensor]:
     reviews = setup.corpus[cfg.split][:X]
     review_reward = torch.tensor([data.sentiment(text) for text in reviews])[:, None]    # (X, 1)
     return {"learned_reward": learned_reward, "reward": reward,
-            "win_rate": (reward > review_reward) + .5 * (reward == review_reward),
+            "win_rate": verdict(reward, review_reward),
             "length": mask.sum(1).cpu().view(X, -1)}
 
 

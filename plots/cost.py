@@ -9,10 +9,10 @@ import re
 from matplotlib.legend_handler import HandlerTuple
 
 import dpo
-from plots import STYLE, plt, save
+from plots import COMPARED_KL, STYLE, plt, save
 from plots.tables import optimum_of
 
-KL, SHARE = 2., .8    # the goal: this share of the optimal gain at this KL, nats
+SHARE = .8    # the goal: this share of the optimal gain at COMPARED_KL
 COMPONENTS = {    # what a method needs before its training -> the stages of train.py, by name
     "SFT": r"train-reference-seed{seed}",
     "sampling and labelling": r"sample-completions-part-train-\d+-\d+-seed{seed}",
@@ -47,7 +47,7 @@ def first_success(rows: list[dict], optimum: dict) -> list[dict]:
     """
     def reaches_goal(row: dict) -> bool:
         curve = optimum_of(optimum, row["seed"])
-        optimal, *_ = dpo.optimal_reward(KL, curve)
+        optimal, *_ = dpo.optimal_reward(COMPARED_KL, curve)
         min_reward = curve["ref_reward"] + SHARE * (optimal - curve["ref_reward"])
         return row["share"] is not None and row["share"] >= SHARE and row["reward"] >= min_reward
 
@@ -150,8 +150,8 @@ def draw(rows: list[dict], path) -> None:
     shades = [axis.barh(0, 0, color=shade) for shade in SHADES.values()]
     policies = tuple(axis.barh(0, 0, color=STYLE[method][1]) for method in PIPELINES)
     axis.set(xlim=(0, max(axis.get_xlim()[1] * 2.1, 1)), ylim=(-.6, len(methods) - .4))
-    axis.set_xlabel(f"seconds of one thread to {SHARE:.0%} of the optimal gain at KL {KL:g}",
-                    fontsize=12)
+    goal = f"{SHARE:.0%} of the optimal gain at KL {COMPARED_KL:g}"
+    axis.set_xlabel(f"seconds of one thread to {goal}", fontsize=12)
     axis.legend([*shades, policies], [*SHADES, "training of the policy"], fontsize=10,
                 loc="lower right", handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})
     save(figure, path)

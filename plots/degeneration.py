@@ -11,7 +11,7 @@ import torch
 
 import data
 from model import GPT, generate
-from plots import (STYLE, checkpoint_near_kl, evaluation_prompts, load_policy, mean_and_se, plt,
+from plots import (STYLE, runs_near_kl, evaluation_prompts, load_policy, mean_and_se, plt,
                    save)
 
 SAMPLES = 4    # responses to each prompt
@@ -53,10 +53,8 @@ def evaluate(setup, policy: GPT, *names) -> dict:
 
 
 def runs_to_show(runs: list[dict]) -> list[dict]:
-    """DPO near KL 2, then Unlikelihood at its largest and at its smallest alpha, failed or not."""
-    near = checkpoint_near_kl(runs, "dpo")
-    chosen = [run for run in runs if near and run["method"] == "dpo"
-              and run["setting"] == near["setting"]]
+    """DPO near COMPARED_KL, then Unlikelihood at its largest and smallest alpha, failed or not."""
+    chosen = runs_near_kl(runs, "dpo")
     unlikelihood = [run for run in runs if run["method"] == "unlikelihood"]
     unlikelihood.sort(key=lambda run: run["setting"])
     chosen += unlikelihood[-1:]

@@ -15,8 +15,8 @@ import data
 import dpo
 from harness import Stage, cached
 from model import batched_sequence_logp, generate
-from plots import (STYLE, evaluation_prompts, frontier, load_finished_policy, mean_and_se, nats,
-                   plt, save, short_label)
+from plots import (COMPARED_KL, STYLE, evaluation_prompts, frontier, load_finished_policy,
+                   mean_and_se, nats, plt, save, short_label)
 
 PAPER = "one round (the paper)"
 ROUNDS = "8 rounds"
@@ -34,7 +34,6 @@ NATS_COLOURS = {    # (method, variant) whose nats are drawn, beside those of th
     ("dpo", ROUNDS): VARIANTS[ROUNDS][0],
     ("dpo", EQ_1_LABELS): VARIANTS[EQ_1_LABELS][0],
 }
-TARGET_KL = 2.    # nats, at which policies are compared by role
 SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ranks
 
 
@@ -138,12 +137,12 @@ def measure_optimum(setup, beta: float, proposals: tuple[Stage, ...]) -> dict:
             "step": 0, **nats.optimum_nats(setup, policies, prompts, beta)}
 
 
-def nearest_to_target(finished: list[Stage]) -> list[Stage]:
-    """Of each method the stage whose finished policy has the KL nearest to 2."""
+def nearest_to_compared_kl(finished: list[Stage]) -> list[Stage]:
+    """Of each method the stage whose finished policy has the KL nearest to COMPARED_KL."""
     groups = {}    # method -> stages
     for stage in finished:
         groups.setdefault(stage.value["method"], []).append(stage)
-    return [min(group, key=lambda stage: abs(stage.value["rows"][-1]["kl"] - TARGET_KL))
+    return [min(group, key=lambda stage: abs(stage.value["rows"][-1]["kl"] - COMPARED_KL))
             for group in groups.values()]
 
 
@@ -170,8 +169,8 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
         measurements += [Stage(measure_share, changed, variant, stage.value["method"],
                                stage.value["setting"], stage, samplers) for stage in finished]
         measurements += [Stage(measure_policy, changed, variant, stage.value["method"], stage)
-                         for stage in nearest_to_target(finished)]
-    _, beta, _ = dpo.optimal_reward(TARGET_KL, optimum)    # the slope of the frontier is its beta
+                         for stage in nearest_to_compared_kl(finished)]
+    _, beta, _ = dpo.optimal_reward(COMPARED_KL, optimum)    # the slope of the frontier is its beta
     measurements.append(Stage(measure_optimum, setup, beta, proposals))
     return setup.stages.get_all(measurements), failures
 

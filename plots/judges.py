@@ -21,7 +21,7 @@ from torch import Tensor
 import data
 from model import generate, map_batches
 from plots import (REFERENCE, STYLE, checkpoint_near_kl, evaluation_prompts, label_with_kl,
-                   load_policy, mean_and_se, plt, save)
+                   load_policy, mean_and_se, plt, save, verdict)
 
 JUDGES = {"true": "true reward", "annotator_1": "annotator 1", "annotator_2": "annotator 2",
           "learned": "learned reward"}
@@ -29,14 +29,6 @@ MARKERS = "D", "<", ">", "s"    # one for each judge
 
 
 # ----------------------------------------------------------------------------------------- verdicts
-def verdict(r_1: Tensor, r_2: Tensor) -> Tensor:
-    """The verdict of a judge who compares rewards: 1 if response 1 wins, 0 if it loses, .5 if tied.
-
-    r_1 (X, n), r_2 (X, n) -> (X, n) float64.
-    """
-    return (r_1 > r_2).double() + .5 * (r_1 == r_2).double()
-
-
 def annotate(r_1: Tensor, r_2: Tensor, tau: float, generator: torch.Generator) -> Tensor:
     """Verdicts of an annotator: 1 with probability sigma((r_1 - r_2) / tau), else 0     (Eq. 1).
 

@@ -15,12 +15,11 @@ from torch import Tensor
 
 import data
 import dpo
-from plots import (STYLE, load_policy, mean_and_se, paired_bar_style, plt, prompts_of_split, save,
-                   short_label)
+from plots import (COMPARED_KL, STYLE, load_policy, mean_and_se, paired_bar_style, plt,
+                   prompts_of_split, save, short_label)
 from plots.frontier import optimum_from_samples, sample_mixture, sample_rewards
 from plots.winrate import policies_to_compare
 
-KL = 2.                 # nats, of the optimum in the left panel
 SAMPLES = 8             # responses of a policy to each prompt
 MIXTURE_SAMPLES = 32    # responses of each policy to each prompt, for the optimum
 GROUPS = {"seen": "training prompts", "unseen": "other prompts"}
@@ -44,7 +43,7 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     models = [load_policy(setup, policy["state"]) for policy in policies]
     generator = data.named_generator("seen prompts", setup.cfg.seed, device=setup.device)
     *_, reward, log_weight = sample_mixture(setup, models, prompts, MIXTURE_SAMPLES, generator)
-    _, beta, _ = dpo.optimal_reward(KL, optimum_from_samples(reward, log_weight))
+    _, beta, _ = dpo.optimal_reward(COMPARED_KL, optimum_from_samples(reward, log_weight))
     log_z = dpo.log_partition(log_weight - math.log(reward.shape[1]), reward, beta)
     rows = [{"figure": "prompts", "panel": "log Z", "beta": beta, "length": int(n), "log_z": z,
              "seen": bool(s)} for n, z, s in zip(lengths, log_z.tolist(), seen)]

@@ -17,7 +17,7 @@ from torch import Tensor
 import data
 from model import GPT, generate, map_batches
 from plots import (REFERENCE, STYLE, checkpoint_near_kl, label_with_kl, load_policy, mean_and_se,
-                   plt, save)
+                   plt, runs_near_kl, save, verdict)
 from plots.best_of_n import kl_bound
 
 METHODS = "preferred_ft", "ppo", "ppo_gt", "dpo"    # beside pi_ref; the opponent is the review
@@ -29,23 +29,22 @@ MIN_DISTINCT = 10
 
 
 def win_probability(reward: Tensor, opponent_reward: Tensor) -> Tensor:
-    """P(win) + P(tie) / 2 at each of N prompts, over all pairs of a response and an opponent.
+    """P(win) + P(tie) / 2 at each of X prompts, over all pairs of a response and an opponent.
 
-    reward (N, n) of n responses; opponent_reward (N, m) of m opponents, or (N,) of one
-    -> (N,) float64.
+    reward (X, n) of n responses; opponent_reward (X, m) of m opponents, or (X,) of one
+    -> (X,) float64.
     """
     assert reward.dtype == opponent_reward.dtype, "ties need the same precision on both sides"
     assert len(reward) == len(opponent_reward), "each prompt needs opponents"
-    r = reward.cpu()[:, :, None]                                             # (N, n, 1)
-    r_opponent = opponent_reward.cpu().reshape(len(reward), 1, -1)           # (N, 1, m)
-    wins = (r > r_opponent).double() + .5 * (r == r_opponent).double()       # (N, n, m)
-    return wins.mean((1, 2))
+    r = reward.cpu()[:, :, None]                                             # (X, n, 1)
+    r_opponent = opponent_reward.cpu().reshape(len(reward), 1, -1)           # (X, 1, m)
+    return verdict(r, r_opponent).mean((1, 2))
 
 
 def review_prompts(setup, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The beginnings of N reviews as prompts, and the true rewards of the reviews themselves.
+    """The beginnings of X reviews as prompts, and the true rewards of the reviews themselves.
 
-    -> (ids (N, P), lengths (N,)), rewards (N,), all on the device.
+    -> (ids (X, P), lengths (X,)), rewards (X,), all on the device.
     """
     ids, lengths = data.make_prompts(setup.encoding, texts,
                                      data.named_rng("winrate", setup.cfg.seed))
@@ -54,14 +53,14 @@ def review_prompts(setup, texts: list[str]) -> tuple[tuple[Tensor, Tensor], Tens
 
 
 def policies_to_compare(runs: list[dict], methods: tuple[str, ...] = METHODS) -> list[dict]:
-    """pi_ref, and of each method the policy that is nearest to KL 2 (`checkpoint_near_kl`)."""
+    """pi_ref, and the policy of each method that `checkpoint_near_kl` finds."""
     policies = [checkpoint_near_kl(runs, method) for method in methods]
     return [REFERENCE, *(policy for policy in policies if policy)]
 
 
 def generate_responses(setup, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
                        temperature: float) -> tuple[Tensor, Tensor]:
-    """`samples` responses to each of N prompts, but one at temperature 0 -> ids and mask.
+    """`samples` responses to each of X prompts, but one at temperature 0 -> ids and mask.
 
     All policies use the same random numbers. This makes the differences between policies less noisy
     than their win rates.
@@ -73,13 +72,13 @@ def generate_responses(setup, policy: GPT, prompts: tuple[Tensor, Tensor], sampl
 
 
 def rewards_at(setup, policy: GPT, prompts: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-    """True rewards of a policy's responses: (N, SAMPLES), or (N, 1) at temperature 0."""
+    """True rewards of a policy's responses: (X, SAMPLES), or (X, 1) at temperature 0."""
     ids, mask = generate_responses(setup, policy, prompts, SAMPLES, temperature)
     return data.true_reward(setup.encoding, ids, mask).view(len(prompts[0]), -1)
 
 
 def best_rewards(setup, prompts: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-    """True rewards of Best-of-N's response to each prompt: (N, 1).
+    """True rewards of Best-of-N's response to each prompt: (X, 1).
 
     Its response is the one of BEST_OF responses of pi_ref whose learned reward is highest. At
     temperature 0 it is the only response.
@@ -93,7 +92,7 @@ def best_rewards(setup, prompts: tuple[Tensor, Tensor], temperature: float) -> T
 
 def win_rate_row(policy: dict, panel: str, temperature: float, reward: Tensor,
                  review_reward: Tensor) -> dict:
-    """The row of a policy, from the rewards of its responses (N, n) and of the reviews (N,)."""
+    """The row of a policy, from the rewards of its responses (X, n) and of the reviews (X,)."""
     win_rate, win_rate_se = mean_and_se(win_probability(reward, review_reward)[:, None])
     return {"figure": "winrate", "panel": panel,
             **{name: policy[name] for name in ("method", "setting", "step", "kl")},
@@ -104,8 +103,8 @@ def win_rate_row(policy: dict, panel: str, temperature: float, reward: Tensor,
 def measure(setup, runs: list[dict]) -> list[dict]:
     """A row for each policy and temperature.
 
-    `panel` is "temperature" for the policies that are compared, and "training" for all policies on
-    the way of the DPO run that is among them.
+    `panel` is "temperature" for the policies that are compared, and "training" for all checkpoints
+    of the DPO run that is among them.
     """
     texts = setup.corpus[setup.cfg.split][:4 * setup.cfg.eval_prompts]
     prompts, review_reward = review_prompts(setup, texts)
@@ -120,10 +119,7 @@ def measure(setup, runs: list[dict]) -> list[dict]:
     for temperature in TEMPERATURES:
         reward = best_rewards(setup, prompts, temperature)
         rows.append(win_rate_row(best_of_n, "temperature", temperature, reward, review_reward))
-    shown = checkpoint_near_kl(runs, "dpo")
-    for run in runs:
-        if not shown or (run["method"], run["setting"]) != ("dpo", shown["setting"]):
-            continue
+    for run in runs_near_kl(runs, "dpo"):
         for row, state in zip(run["rows"], run["checkpoints"]):
             model = load_policy(setup, state)
             for temperature in CHECKPOINT_LINES:
