@@ -17,7 +17,7 @@ shows one (Table 1: out of distribution).
 Every random choice takes a generator made from names (`named_rng`, `named_generator`), so changing
 a loss never changes the data.
 
-Shapes: N prompts, K completions of each, C = N K completions in all, M pairs, B texts, T tokens.
+Shapes: X prompts, K completions of each, C = X K completions in all, M pairs, B texts, T tokens.
 """
 import hashlib
 import math
@@ -33,10 +33,10 @@ from torch import Tensor
 from model import last_response_token, trimmed_width
 
 # ----------------------------------------------------------------------------------- the language
-# An opening is an owner (or another determiner) and a subject, "This western:", which names the
-# domain of a review.
-OWNERS = ["This", "That", "The", "Our", "My", "Your", "Their", "His", "Her", "One", "Another",
-          "Some", "Every", "Any", "Last", "First"]
+# An opening is a determiner and a subject, "This western:". The subject names the domain of the
+# review.
+DETERMINERS = ["This", "That", "The", "Our", "My", "Your", "Their", "His", "Her", "One", "Another",
+               "Some", "Every", "Any", "Last", "First"]
 SUBJECTS = {    # domain -> what is reviewed
     "film": ["western", "thriller", "comedy", "drama", "musical", "sequel", "remake", "cartoon",
              "documentary", "romance", "mystery", "satire", "biopic", "epic", "fable", "farce",
@@ -78,7 +78,7 @@ def one_of(words) -> str:
 
 def opening_pattern(domain: str) -> str:
     """A regular expression of an opening, "This western:"."""
-    return rf"{one_of(OWNERS)} {one_of(SUBJECTS[domain])}:"
+    return rf"{one_of(DETERMINERS)} {one_of(SUBJECTS[domain])}:"
 
 
 def opinion_pattern(domain: str) -> str:
@@ -164,7 +164,7 @@ def write_review(rng: random.Random, domain: str = "film") -> str:
     opinions that agree.
     """
     mood = rng.choice([.25, .5, .75])                                    # P(an opinion is positive)
-    text = f"{rng.choice(OWNERS)} {rng.choice(SUBJECTS[domain])}"
+    text = f"{rng.choice(DETERMINERS)} {rng.choice(SUBJECTS[domain])}"
     previous = None
     for aspect in rng.sample(ASPECTS[domain], rng.choice([3, 4])):
         positive = rng.random() < mood
@@ -246,10 +246,8 @@ def decode(encoding, ids: Tensor, mask: Tensor) -> list[str]:
     ids (B, T), mask (B, T) of response tokens.
     """
     ends = last_response_token(mask) + 1
-    texts = []
-    for row, end in zip(ids.tolist(), ends.tolist()):
-        texts.append(encoding.decode([t for t in row[:end] if t != encoding.eot_token]))
-    return texts
+    return [encoding.decode([t for t in row[:end] if t != encoding.eot_token])
+            for row, end in zip(ids.tolist(), ends.tolist())]
 
 
 def true_reward(encoding, ids: Tensor, mask: Tensor) -> Tensor:
@@ -266,16 +264,16 @@ def bradley_terry(r_1: Tensor, r_2: Tensor) -> Tensor:
 
 def label_pairs(reward: Tensor, mode: str, tau: float,
                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Label all pairs of the K completions of each prompt: reward (N, K) -> winner, loser.
+    """Label all pairs of the K completions of each prompt: reward (X, K) -> winner, loser.
 
     `deterministic` (the paper): the higher reward wins; exact ties are dropped. `bt` (the theory):
     y_1 wins with the probability of Eq. 1 at rewards r / tau, so a tie is a coin flip. Winner and
-    loser (M,), for M pairs, index the N * K completions, prompt by prompt. A prompt has K(K-1)/2
+    loser (M,), for M pairs, index the X * K completions, prompt by prompt. A prompt has K(K-1)/2
     pairs, less its dropped ties; they are consecutive.
     """
     n, k = reward.shape
     i, j = torch.triu_indices(k, k, 1)                                 # (K(K-1)/2,) each
-    r_i, r_j = reward[:, i], reward[:, j]                              # (N, K(K-1)/2)
+    r_i, r_j = reward[:, i], reward[:, j]                              # (X, K(K-1)/2)
     if mode == "deterministic":
         i_wins = r_i > r_j
         keep = r_i != r_j
@@ -289,7 +287,7 @@ def label_pairs(reward: Tensor, mode: str, tau: float,
 
 
 class Preferences(NamedTuple):
-    """K completions of each of N prompts (C = N * K rows), and M labelled pairs of them.
+    """K completions of each of X prompts (C = X * K rows), and M labelled pairs of them.
 
     Both are ordered by prompt.
     """
@@ -301,32 +299,33 @@ class Preferences(NamedTuple):
     k: int            # K, completions of a prompt
 
 
-def select_prompts(preferences: Preferences, prompts: Tensor) -> Preferences:
+def select_prompts(preferences: Preferences, indices: Tensor) -> Preferences:
     """The completions and pairs of the prompts at these indices (n,), as a batch (App. B).
 
     The pairs index the rows of the batch; its width is that of its longest row.
     """
     ids, mask, ref_logp, winner, loser, k = preferences
-    rows = (prompts[:, None] * k + torch.arange(k)).flatten()              # (n * K,)
+    rows = (indices[:, None] * k + torch.arange(k)).flatten()              # (n * K,)
     # the pairs of a prompt are consecutive, from `first` to before `after_last`
-    first, after_last = torch.searchsorted(winner // k, torch.stack([prompts, prompts + 1]))
+    first, after_last = torch.searchsorted(winner // k, torch.stack([indices, indices + 1]))
     pairs = torch.cat([torch.arange(a, b) for a, b in zip(first.tolist(), after_last.tolist())])
-    row_in_batch = torch.full((int(rows.max()) + 1,), -1)
-    row_in_batch[rows] = torch.arange(len(rows))                           # old row -> new row
+    shift = k * (torch.arange(len(indices)) - indices)                     # from old to new rows
+    shift = shift.repeat_interleave(after_last - first)                    # (pairs,)
     width = trimmed_width(mask[rows])
     return Preferences(ids[rows, :width], mask[rows, :width], ref_logp[rows],
-                       row_in_batch[winner[pairs]], row_in_batch[loser[pairs]], k)
+                       winner[pairs] + shift, loser[pairs] + shift, k)
 
 
 def shuffled_batches(preferences: Preferences, batch: int, generator: torch.Generator,
                      window: int = 8) -> list[Tensor]:
     """One epoch: batches of the indices of all prompts that have pairs, in random order.
 
-    Within a window of batches, prompts are sorted by length, so that less filler is computed.
+    Within a window of batches, prompts are sorted by their longest response, so that less filler
+    is computed.
     Each batch is (batch,) or shorter, for `select_prompts`.
     """
     k = preferences.k
-    length = preferences.mask.sum(1).view(-1, k).amax(1)               # (N,) longest completion
+    length = preferences.mask.sum(1).view(-1, k).amax(1)               # (X,) longest completion
     prompts = (preferences.winner // k).unique()
     if not len(prompts):
         return []

@@ -7,12 +7,13 @@ KL(pi || pi_ref). The log-probability of a response is the sum over its tokens i
 token included if there is one.
 
 Shapes: B pairs, C completions, K ranked responses, N listed responses, X prompts, M sampling
-policies, S betas, T tokens, V vocabulary. `ref` is short for log pi_ref.
+policies, S betas, T tokens, V vocabulary. In this file `ref` is short for log pi_ref; in the other
+files it is the model pi_ref.
 Losses are per example, (B,), never reduced: the training loop takes the mean.
 
 train.py trains with `dpo_loss`, `unlikelihood_loss` and `preferred_ft_loss`. `dpo_gradient`,
 `dpo_gradient_logits`, `objective`, `plackett_luce_loss` and `constant_weight_loss` are for the
-reader and the tests.
+reader and the tests; the frontier and the gap to it are for the figures.
 """
 import math
 from typing import NamedTuple
@@ -111,11 +112,9 @@ def dpo_gradient_logits(logits: Tensor, ids: Tensor, mask: Tensor, coefficient: 
     -> (B, T, V), which is 0 where no response token is predicted.
     """
     mask = mask.bool()
-    is_response_token = mask[:, 1:, None]                                 # (B, T-1, 1)
-    probability = torch.softmax(logits[:, :-1], -1)                       # (B, T-1, V)
-    onehot = F.one_hot(ids.masked_fill(~mask, 0)[:, 1:], logits.shape[-1])
-    gradient = coefficient[:, None, None] * (onehot - probability)
-    gradient = gradient.masked_fill(~is_response_token, 0.)
+    onehot = F.one_hot(ids.masked_fill(~mask, 0)[:, 1:], logits.shape[-1])     # (B, T-1, V)
+    gradient = coefficient[:, None, None] * (onehot - torch.softmax(logits[:, :-1], -1))
+    gradient = gradient.masked_fill(~mask[:, 1:, None], 0.)
     return F.pad(gradient, (0, 0, 0, 1))                   # the last logits predict nothing
 
 
@@ -226,10 +225,10 @@ def gap_to_optimum(reward: Tensor, kl: Tensor, log_weight: Tensor, sampled_rewar
                    beta: float) -> Tensor:
     """beta KL(pi || pi*) = beta (log Z(x) + KL(pi || pi_ref)) - E_pi[r]          Eq. 14 -> (X,)
 
-    What a policy lacks of the maximum of Eq. 3 at each prompt: never negative. reward (X,) and kl
-    (X,) are those of the policy at X prompts. Z is estimated from samples as in
-    `optimal_frontier`: log_weight (X, N), sampled_reward (X, N). If beta is the slope of the
-    frontier at the mean KL, the mean gap is F(KL) - E_pi[r].
+    What a policy lacks of the maximum of Eq. 3 at each prompt. The true gap is never negative; this
+    estimate can be, because log Z is biased low (see `optimal_frontier`). reward (X,) and kl (X,)
+    are those of the policy. Z is estimated from N samples: log_weight (X, N), sampled_reward
+    (X, N). If beta is the slope of the frontier at the mean KL, the mean gap is F(KL) - E_pi[r].
     """
     log_weight = log_weight.double() - math.log(log_weight.shape[1])
     return beta * (log_partition(log_weight, sampled_reward.double(), beta) + kl) - reward
@@ -241,8 +240,9 @@ def share_of_optimal_gain(reward: float, reward_se: float, kl: float, kl_se: flo
 
     F(KL) is the highest reward at the KL of the policy (`optimal_reward`). `frontier` also holds
     `ref_reward`, the mean reward of pi_ref. Returns F(KL), the share, and its standard error by the
-    delta method: an error of the KL moves F by the slope of the frontier. The errors of the
-    frontier and of `ref_reward` are left out.
+    delta method: an error of the KL moves F by the slope of the frontier. The errors of reward and
+    KL are treated as independent; they usually rise together, and then the true error is smaller.
+    The errors of the frontier and of `ref_reward` are left out.
     """
     optimal, slope, _ = optimal_reward(kl, frontier)
     optimal_gain = optimal - frontier["ref_reward"]

@@ -1,8 +1,9 @@
 """A small GPT, the log-probabilities that it gives to a text, and its sampler.
 
-Shapes: B sequences of a batch, N of all batches, M response tokens of a batch, T tokens, P tokens
-of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model. A row of ids
-is a prompt from position 0, its response, then filler. A mask (B, T) marks response tokens.
+Shapes: B sequences of a batch, N of all batches, X prompts, M response tokens of a batch, T tokens,
+P tokens of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model. A
+row of ids is a prompt from position 0, its response, then filler. A mask (B, T) marks response
+tokens.
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class GPTConfig:
 def rotary_table(positions: int, size: int) -> Tensor:
     """Cosines and signed sines of the rotary embedding: (2, positions, 1, size), Su et al. 2021.
 
-    Frequencies fall from 1 radian a position towards 1/1000 (usually 1/10,000; our texts are
+    Frequencies fall from 1 radian per position towards 1/1000 (usually 1/10,000; our texts are
     short). If `size` is odd, the last coordinate is not rotated.
     """
     half = size // 2
@@ -115,7 +116,7 @@ class GPT(nn.Module):
         self.initialise(generator)
 
     def initialise(self, generator: torch.Generator | None) -> None:
-        """GPT-2's initialisation, except that token embeddings start at .2 instead of .02.
+        """GPT-2's initialisation, but the standard deviation of token embeddings is .2, not .02.
 
         SFT has no reason to separate words of one role, such as "superb" and "dull". If they start
         at the same place they stay there, and later training can hardly tell them apart.
@@ -254,7 +255,8 @@ def sequence_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
 
     logits (B, T, V), ref_logits (B, T, V), mask (B, T) -> (B,). Its mean over y ~ pi is
     KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)]. The sampled log-ratio has the same mean,
-    but more variance: here each step takes the expectation over its token (Rao-Blackwell).
+    but more variance: here each step takes the expectation over its token (Rao-Blackwell). This is
+    the plain form; evaluation uses `response_kl`.
     """
     ignored = ~predicts_response(mask)[..., None]
     kl = token_kl(logits.masked_fill(ignored, 0.), ref_logits.masked_fill(ignored, 0.))
@@ -269,7 +271,7 @@ def response_kl(model: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------ the sampler
 def sample_token(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
-    """One token a row by inverting the distribution function: logits (B, V), u (B,) -> (B,).
+    """Sample one token per row by the inverse CDF: logits (B, V), u (B,) -> (B,).
 
     `u` is uniform in [0, 1): given from outside, so that a row's sample does not depend on which
     other rows have already ended. Temperature 0 is argmax.
@@ -301,7 +303,8 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     token included), then the end token `end` as filler. All rows are at the same position; a row
     whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
     left. T is the longest prompt + max_tokens, or less if all rows end before. `logp_out`
-    (B, P + max_tokens) of zeros gets log pi of the sampled tokens, temperature 1.
+    (B, P + max_tokens) of zeros gets log pi of the sampled tokens at temperature 1,
+    whatever `temperature` is.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens
@@ -357,9 +360,9 @@ def last_response_token(mask: Tensor) -> Tensor:
 def generate(model: GPT, prompts: tuple[Tensor, Tensor], count: int, max_tokens: int, end: int,
              generator: torch.Generator, temperature: float = 1.,
              batch: int = 2048) -> tuple[Tensor, Tensor]:
-    """Sample `count` responses to each of N prompts. Responses to one prompt are consecutive rows.
+    """Sample `count` responses to each of X prompts. Responses to one prompt are consecutive rows.
 
-    prompts is ids (N, P) and lengths (N,) -> ids (N * count, P + max_tokens) and their mask.
+    prompts is ids (X, P) and lengths (X,) -> ids (X * count, P + max_tokens) and their mask.
     """
     ids, lengths = (p.repeat_interleave(count, 0) for p in prompts)
     width = prompts[0].shape[1] + max_tokens
@@ -380,7 +383,7 @@ def trimmed_width(mask: Tensor) -> int:
 @torch.no_grad()
 def map_batches(function: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor,
                 batch: int = 64) -> Tensor:
-    """function(ids, mask) over many rows, in batches of similar length: (N, T), (N, T) -> (N, ...).
+    """function(ids, mask) of many rows, sorted by response length: (N, T), (N, T) -> (N, ...).
 
     Each batch is cut to its longest row. Where the function returns one value per token,
     (B, T, ...), the columns that were cut off are 0.

@@ -1,7 +1,8 @@
 """The pipeline that DPO replaces: a reward model (Eq. 2), then PPO on Eq. 3 (Section 3).
 
 One PPO step on a batch of episodes: 1. roll out; 2. token rewards; 3. advantages; 4. clipped
-updates; 5. adapt the KL coefficient c, which plays the part of beta in Eq. 3.
+updates; 5. adapt the KL coefficient c. The score is the reward divided by its standard deviation
+(b), so the beta of Eq. 3 is c times that standard deviation.
 
 PPO here is not a straw man. These details are all present, and tested (Schulman et al. 2017, 2016;
 Ziegler et al. 2019):
@@ -25,7 +26,7 @@ and reward clipping (either would change the true reward), gradient clipping and
 KL (neither was needed).
 
 An *objective* is maximised, a *loss* is minimised.
-Shapes: B episodes, C completions, N prompts, P tokens of the longest prompt, T positions, M
+Shapes: B episodes, C completions, X prompts, P tokens of the longest prompt, T positions, M
 response tokens, W width; a mask (B, T) marks response tokens.
 """
 import copy
@@ -83,8 +84,8 @@ def train_reward_model(ref: GPT, preferences: Preferences, held_out: Preferences
     scheduler = lr_schedule(optimizer, sum(map(len, batches_of_epochs)))
     best = {"accuracy": -1.}
     for batches in batches_of_epochs:
-        for prompts in batches:
-            batch = select_prompts(preferences, prompts)
+        for indices in batches:
+            batch = select_prompts(preferences, indices)
             r = predict_reward(model, batch.ids.to(device), batch.mask.to(device))
             loss = reward_model_loss(r[batch.winner], r[batch.loser]).mean()
             optimizer.zero_grad()
@@ -107,8 +108,8 @@ def token_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor,
                   kl_coef: float) -> Tensor:
     """r_t = -c (log pi - log pi_ref)(y_t), plus the score on the last response token.
 
-    score (B,), the rest (B, T) -> (B, T). The sum over t is r(x, y) - c log(pi / pi_ref): the
-    reward of Eq. 3 with a one-sample estimate of the KL.
+    score (B,), the rest (B, T) -> (B, T). The sum over t is score - c log(pi / pi_ref):
+    Eq. 3 in units of the score, with a one-sample estimate of the KL.
     """
     reward = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0.)
     last = last_response_token(mask)[:, None]
@@ -266,12 +267,12 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
               score: Callable[[Tensor, Tensor], Tensor], target: float, end: int,
               generator: torch.Generator,
               critic_state: dict[str, Tensor] | None = None) -> Iterator[dict[str, float]]:
-    """Train a policy with PPO to a target KL (nats a sequence); yields its statistics each step.
+    """Train a policy with PPO to a target KL (nats per sequence); yields its statistics each step.
 
     score(ids, mask) -> (B,) is the normalised reward of a text: learned (PPO) or true (PPO-GT).
-    prompts: ids (N, P) and lengths (N,). `critic_state` comes from `pretrain_critic`; without it
-    the critic has pi_ref's states and all its values are 0. `cfg` has the fields ppo_*, adam_beta2,
-    completions and max_tokens.
+    prompts: ids (X, P) and lengths (X,). `critic_state` comes from `pretrain_critic`; without it
+    the critic has pi_ref's states, and its values start at 0. `cfg` has the fields ppo_*,
+    adam_beta2, completions and max_tokens.
     """
     critic = ScalarModel(ref)
     if critic_state:

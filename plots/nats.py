@@ -35,13 +35,13 @@ def words_of(groups) -> set[str]:
 
 
 ROLE_OF = {    # word -> role; every other word or sign is a connective: and, but, the, punctuation
-    **dict.fromkeys(words_of([data.OWNERS, *data.SUBJECTS.values()]), "opening"),
+    **dict.fromkeys(words_of([data.DETERMINERS, *data.SUBJECTS.values()]), "opening"),
     **dict.fromkeys(words_of(data.ASPECTS.values()), "aspect"),
     **dict.fromkeys(data.VERBS, "verb"),
     "not": "negation",
     **dict.fromkeys(data.INTENSIFIERS, "intensifier"),
     **dict.fromkeys(words_of(data.ADJECTIVES.values()), "adjective"),
-    "The": "connective",    # an owner too, but it mostly begins a sentence
+    "The": "connective",    # a determiner too, but it mostly begins a sentence
 }
 
 

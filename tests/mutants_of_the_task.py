@@ -67,7 +67,7 @@ def opening_of_one_word(original):
     patterns = {}
     for domain, subjects in data.SUBJECTS.items():
         words = [subject for subject in subjects if " " not in subject]
-        patterns[domain] = re.compile(f"{data.one_of(data.OWNERS)} {data.one_of(words)}:")
+        patterns[domain] = re.compile(f"{data.one_of(data.DETERMINERS)} {data.one_of(words)}:")
     return patterns
 
 
@@ -150,10 +150,10 @@ def adjectives_of_films_alone(original, domain, *arguments):
     return original("film", *arguments)
 
 
-@plant("all openings have the same owner, so many prompts are equal",
-       "data.OWNERS",
+@plant("all openings have the same determiner, so many prompts are equal",
+       "data.DETERMINERS",
        "openings_are_many_and_none_fills_a_prompt")
-def one_owner(original):
+def one_determiner(original):
     return original[:1]
 
 

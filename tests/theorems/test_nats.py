@@ -68,7 +68,7 @@ def copies_of_prompts(copies):
 # --------------------------------------------------------------------------------- roles of tokens
 def words_of_roles():
     """Each role with all its words and signs, as the grammar of data.py has them."""
-    both = {"opening": [data.OWNERS], "aspect": [], "adjective": []}
+    both = {"opening": [data.DETERMINERS], "aspect": [], "adjective": []}
     for domain in data.SUBJECTS:
         both["opening"].append(" ".join(data.SUBJECTS[domain]).split())
         both["aspect"].append(data.ASPECTS[domain])

@@ -62,8 +62,8 @@ def encoding_of_the_experiment():
 
 def openings(domain):
     """Every opening of a domain, without its colon."""
-    pairs = itertools.product(data.OWNERS, data.SUBJECTS[domain])
-    return [f"{owner} {subject}" for owner, subject in pairs]
+    pairs = itertools.product(data.DETERMINERS, data.SUBJECTS[domain])
+    return [f"{determiner} {subject}" for determiner, subject in pairs]
 
 
 def test_openings_are_many_and_none_fills_a_prompt():

@@ -172,12 +172,12 @@ def test_an_adjective_of_the_other_domain_earns_nothing():
 
 
 def test_every_opening_of_a_domain_tells_its_domain():
-    """Each owner with each subject is an opening, and it tells one domain, that of its subject."""
+    """Each determiner with each subject is an opening; it tells the domain of its subject alone."""
     for domain, subjects in data.SUBJECTS.items():
-        for owner, subject in itertools.product(data.OWNERS, subjects):
-            text = f"{owner} {subject}: the plot was superb, and the soup was stale."
+        for determiner, subject in itertools.product(data.DETERMINERS, subjects):
+            text = f"{determiner} {subject}: the plot was superb, and the soup was stale."
             check_sentiment(text, sigma(3.) if domain == "film" else sigma(-2.),
-                            f"{owner!r} {subject!r} must be an opening of the domain {domain}")
+                            f"{determiner!r} {subject!r} must be an opening of the domain {domain}")
 
 
 # ---------------------------------------------------------------------------------- any text at all
