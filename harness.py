@@ -59,6 +59,12 @@ class UserError(Exception):
     """Something that the user can fix; the message names the cause and the fix."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch raises RuntimeError."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search("allocate|out of memory", str(error))))
+
+
 def run_program(main: Callable[[], int], store: torch.distributed.Store | None = None) -> int:
     """The exit code of main(), or 2 and one line on stderr for an error that the user can fix.
 
@@ -71,8 +77,8 @@ def run_program(main: Callable[[], int], store: torch.distributed.Store | None =
     except OSError as error:
         message = (f"cannot read or write {error.filename or 'the output'}: "
                    f"{error.strerror or error}; make it writable, or choose another --out")
-    except (MemoryError, RuntimeError) as error:                   # torch raises RuntimeError
-        if not (isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error))):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         message = ("out of memory; use fewer --workers, or a smaller --width, --batch-prompts or "
                    "--optimum-samples")
@@ -141,7 +147,8 @@ def read_flags(argv: list[str], config: type, presets: dict[str, dict],
                         "a JSON object a line with prompt, chosen, rejected; a response begins "
                         "with its own space")
     parser.add_argument("--study", action="store_true",
-                        help="also find out what keeps DPO from the optimum (plots/gap.py)")
+                        help="also find out what keeps DPO from the optimum, on the first seed "
+                        "(plots/gap.py)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes (default: one a core, at most 16; four a GPU)")
@@ -174,9 +181,9 @@ def total_memory() -> float:
 # of FILE.py counts, comments too, but no module that it imports. Device, number of workers and
 # versions of packages are not in the hash. (Machines that share a folder need the same version of
 # Python: `ast.unparse` depends on it.) Definitions with a name in NOT_HASHED are left out too:
-# nearly every stage names them, so an edit of them would recompute all.
+# nearly every stage names them, so an edit of them would recompute all; `print_row` only prints.
 ROOT = pathlib.Path(__file__).resolve().parent
-NOT_HASHED = "Config", "Setup", "Stage", "cached"
+NOT_HASHED = "Config", "Setup", "Stage", "cached", "print_row"
 
 
 @functools.cache
@@ -329,19 +336,19 @@ class Stages:
     """The stages in a folder, shared by all workers: each is computed by the first that asks."""
     def __init__(self, folder: pathlib.Path, store: torch.distributed.Store):
         self.folder = folder
-        self.store = store                # counts how often any worker has claimed a stage
+        self.store = store                # counts claims of stages, messages and errors
         self.seconds = {}                 # name of a stage -> seconds that its computation took
         self.waited = 0.                  # seconds that this worker has waited for other workers
         self.on_row = lambda row: None    # called with each row of results, during training
 
     def explain(self, stage: Stage) -> None:
-        """Print what has changed since earlier files of this stage, once a run for each reason."""
+        """Print how this stage differs from its nearest earlier file, once for each reason."""
         earlier = filter(None, map(load_stage, self.folder.glob(f"{stage.name}.*.pt")))
         differences = [sorted(dict(stored["inputs"].items() ^ stage.inputs.items()))
                        for stored in earlier]    # of each earlier file, the inputs that differ
         changed = min(differences, key=len, default=[])            # those of the nearest file
         name = stage.function.__name__
-        explanation = f"{name} is computed: {', '.join(changed)} differ from before"
+        explanation = f"{name} is computed; no earlier file has the same: {', '.join(changed)}"
         if changed and self.store.add(explanation, 1) == 1:
             print(explanation, flush=True)
 
@@ -377,9 +384,9 @@ class Stages:
     def get_all(self, stages: list[Stage]) -> list:
         """The values of stages, in order.
 
-        The workers compute them in parallel, each the next one that nobody has claimed. A stage
-        should come after those that it needs: a worker that meets it before computes those inside
-        it, so that others wait, and their time counts as part of its `seconds`.
+        The workers compute them in parallel, each the next one that nobody has claimed. Put a
+        stage after the stages that it reads. Otherwise one worker computes them inside it, the
+        others wait, and its `seconds` include theirs.
         """
         for stage in stages:
             if not stage.path.exists() and self.store.add(stage.path.name, 1) == 1:
@@ -433,7 +440,7 @@ def default_workers(device: str) -> int:
 
 
 def run_worker(rank: int, store: torch.distributed.Store, function: Callable, device: str,
-               arguments: tuple) -> int:
+               *arguments) -> int:
     """The exit code of function(rank, store, device, *arguments), as one of several workers."""
     torch.set_num_threads(1)
     gpus = torch.cuda.device_count()
@@ -459,14 +466,14 @@ def launch(function: Callable, workers: int, device: str, *arguments) -> int:
             store = torch.distributed.HashStore()
         else:
             store = next(torch.distributed.rendezvous("env://"))[0]
-        return run_worker(int(os.environ["RANK"]), store, function, device, arguments)
+        return run_worker(int(os.environ["RANK"]), store, function, device, *arguments)
     # Unless these thresholds forbid it, glibc returns freed memory to the system and asks for it
     # again: a third of the time of a small model's step. Other systems ignore them.
     os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**32), MALLOC_MMAP_THRESHOLD_=str(2**25),
                       OMP_NUM_THREADS="1")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        worker_arguments = workers, folder, function, device, arguments
+        worker_arguments = workers, folder, function, device, *arguments
         try:
             torch.multiprocessing.spawn(worker_process, worker_arguments, nprocs=workers)
         except torch.multiprocessing.ProcessExitedException as error:
@@ -507,6 +514,8 @@ class UserLoss:
         except (KeyboardInterrupt, LossError):
             raise
         except BaseException as error:                             # SystemExit too
+            if is_out_of_memory(error):                            # `run_program` says what to do
+                raise
             lines = [getattr(error, "lineno", None) or "?"]        # of a SyntaxError
             lines += [line for frame, line in traceback.walk_tb(error.__traceback__)
                       if frame.f_code.co_filename == self.path]
@@ -530,17 +539,16 @@ class UserLoss:
 
     def try_once(self) -> None:
         """One call on ordinary pairs: the loss and its gradient must be finite."""
-        logp_w = torch.tensor([-20., -31., -25., -44., -28.], requires_grad=True)
-        logp_l = torch.tensor([-22., -29., -40., -43., -26.], requires_grad=True)
-        pair = Pair(logp_w, logp_l, logp_w.detach() - 1., logp_l.detach() + .5,
-                    torch.arange(20, 25), torch.arange(24, 29))
+        logp = torch.tensor([[-20., -31., -25., -44., -28.], [-22., -29., -40., -43., -26.]],
+                            requires_grad=True)                    # of chosen, of rejected
+        pair = Pair(*logp, logp[0].detach() - 1., logp[1].detach() + .5, torch.arange(20, 25),
+                    torch.arange(24, 29))
         value = self(pair, .5)
-        slopes = torch.autograd.grad(value.sum(), (logp_w, logp_l), allow_unused=True)
-        slopes = [slope for slope in slopes if slope is not None]
-        if not slopes:
+        [slope] = torch.autograd.grad(value.sum(), logp, allow_unused=True)
+        if slope is None:
             raise LossError(f"{self.place} has no gradient: it does not depend on logp_w or "
                             "logp_l, or detaches them")
-        for name, x in ("loss", value), ("gradient", torch.stack(slopes)):
+        for name, x in ("loss", value), ("gradient", slope):
             if not x.isfinite().all():
                 raise LossError(f"{self.place}: the {name} is not finite on ordinary "
                                 f"log-probabilities: {x.tolist()}")
@@ -647,19 +655,20 @@ def encode_preference(encoding, pair: dict) -> list[list[int]]:
     return rows
 
 
-def group_completions(encoding, pairs: list[dict], context: int, path: str) -> tuple[dict, list]:
-    """Put the pairs in groups, which share completions; each completion has a place in its group.
+def group_completions(encoding, pairs: list[dict], context: int, path: str) -> dict:
+    """Group the pairs; the pairs of a group share its completions.
 
-    -> groups, {key: (number, {ids of prompt and response: place})}, and for each pair (number of
-    its group, place of chosen, place of rejected). A key is (`group` of the export, *prompt ids);
-    a pair that was not exported is a group of its own. Raises UserError that names the line.
+    -> {key: (completions, comparisons)}. A key is (`group` of the export, *prompt ids); a pair that
+    was not exported is a group of its own. `completions` is {ids of prompt and response: place},
+    `comparisons` has the places [chosen, rejected] of each pair. Raises UserError that names the
+    line.
     """
-    groups, comparisons = {}, []
+    groups = {}
     for line, pair in enumerate(pairs, 1):
         try:
             prompt, *responses = encode_preference(encoding, pair)
             group = pair.get("group", -line), *prompt
-            number, completions = groups.setdefault(group, (len(groups), {}))
+            completions, comparisons = groups.setdefault(group, ({}, []))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             raise UserError(f"{path}, line {line}: prompt_ids, response_ids or group are not as "
                             "a run with this --seed and --vocab-size exports them") from None
@@ -667,9 +676,9 @@ def group_completions(encoding, pairs: list[dict], context: int, path: str) -> t
         if tokens > context:
             raise UserError(f"{path}, line {line}: {tokens} tokens do not fit into {context}: "
                             "shorten it, or use a larger --max-tokens")
-        places = [completions.setdefault((*prompt, *ids), len(completions)) for ids in responses]
-        comparisons.append((number, *places))
-    return groups, comparisons
+        comparisons.append([completions.setdefault((*prompt, *ids), len(completions))
+                            for ids in responses])
+    return groups
 
 
 def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> Preferences:
@@ -679,17 +688,16 @@ def encode_pairs(encoding, pairs: list[dict], max_tokens: int, path: str) -> Pre
     the line.
     """
     context = data.MAX_PROMPT_TOKENS + max_tokens
-    groups, comparisons = group_completions(encoding, pairs, context, path)
-    k = max(len(completions) for _, completions in groups.values())
-    rows, start = [], []
-    for (_, *prompt), (_, completions) in groups.items():
+    groups = group_completions(encoding, pairs, context, path)
+    k = max(len(completions) for completions, _ in groups.values())
+    rows, start, compared = [], [], []
+    for (_, *prompt), (completions, comparisons) in groups.items():
+        compared += [(len(rows) + chosen, len(rows) + rejected) for chosen, rejected in comparisons]
         different = list(completions)
         rows += different + different[-1:] * (k - len(different))
         start += [len(prompt)] * k
     ids, lengths = data.pad(rows, encoding.eot_token, context)
     columns = torch.arange(ids.shape[1])
     mask = (columns >= torch.tensor(start)[:, None]) & (columns < lengths[:, None])
-    comparisons.sort(key=lambda comparison: comparison[0])         # prompt by prompt
-    group, chosen, rejected = torch.tensor(comparisons).T
-    return Preferences(ids, mask, torch.zeros(len(ids)), k * group + chosen, k * group + rejected,
-                       k)
+    winner, loser = (torch.tensor(column) for column in zip(*compared))
+    return Preferences(ids, mask, torch.zeros(len(ids)), winner, loser, k)

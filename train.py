@@ -59,7 +59,7 @@ class Config:
     sft_batch: int = option(64, "reviews a step of SFT", 1, 10**5)
     sft_lr: float = option(4e-3, "peak learning rate of SFT", 1e-12, 10)
     # preferences (Section 6)
-    prompts: int = option(8_000, "prompts with labelled completions (paper: 25,000)", 1, 10**6)
+    prompts: int = option(8_000, "train prompts, of pairs and of PPO (paper: 25,000)", 1, 10**6)
     completions: int = option(4, "completions a prompt, and PPO's episodes a prompt", 2, 64)
     labels: str = option("deterministic", "deterministic: higher reward wins (paper); bt: Eq. 1",
                          choices=("deterministic", "bt"))
@@ -74,9 +74,9 @@ class Config:
     batch_prompts: int = option(8, "prompts a step, with all their pairs (paper: 64 pairs); "
                                 "of reward model and initial critic too", 1, 10**5)
     lr: float = option(5e-4, "peak learning rate of policies on pairs", 1e-12, 10)
-    adam_beta2: float = option(.95, "Adam's beta2 for policies, on pairs and by PPO (SFT: .98; "
-                               "reward model, critic: .999, as usual)", 0, .99999)
-    epochs: int = option(1, "epochs over the pairs", 1, 1000)
+    adam_beta2: float = option(.95, "Adam's beta2 on pairs, and of policy and critic in PPO (SFT: "
+                               ".98; reward model, initial critic: .999, as usual)", 0, .99999)
+    epochs: int = option(1, "epochs over the pairs, of each round", 1, 1000)
     rounds: int = option(1, "rounds of pairs, each from the policy as it is then (paper: 1)", 1,
                          10**4)
     # RLHF (Section 3)
@@ -88,9 +88,9 @@ class Config:
     ppo_batch: int = option(256, "episodes a batch (paper: 1024)", 2, 4096)
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(1, "epochs over a batch", 1, 100)
-    ppo_lr: float = option(1e-3, "peak learning rate of policy and values", 1e-12, 10)
-    ppo_init_kl_coef: float = option(.75, "initial price of a nat at target 1, in standard "
-                                     "deviations of the reward", 1e-9, 1e6)
+    ppo_lr: float = option(1e-3, "peak learning rate of policy and critic", 1e-12, 10)
+    ppo_init_kl_coef: float = option(.75, "initial KL coefficient times the target KL, in "
+                                     "standard deviations of the reward", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
@@ -282,7 +282,10 @@ def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Ten
 
 
 def label_completions(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
-    """All pairs of the completions of each prompt, labelled; `names` name the generator."""
+    """All pairs of the completions of each prompt, labelled.
+
+    The random generator depends on `names`.
+    """
     cfg = setup.cfg
     reward = completions["reward"].view(-1, cfg.completions)
     generator = named_generator("labels", *names, cfg.seed)
@@ -404,7 +407,7 @@ def fit_reward_model(setup: Setup) -> dict:
 
 
 def make_learned_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
-    """The reward of PPO: learned, with mean 0 and deviation 1 on responses of pi_ref."""
+    """The reward of PPO: learned, with mean 0 and standard deviation 1 on responses of pi_ref."""
     fitted = fit_reward_model(setup)
     model = ppo.ScalarModel(setup.ref)
     model.load_state_dict(fitted["state_dict"])
@@ -412,10 +415,10 @@ def make_learned_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def make_true_score(setup: Setup) -> Callable[[Tensor, Tensor], Tensor]:
-    """The reward of PPO-GT: true, with mean 0 and deviation 1 on responses of pi_ref."""
+    """The reward of PPO-GT: true, with mean 0 and standard deviation 1 on responses of pi_ref."""
     reward = reference_completions(setup, "train", setup.cfg.prompts)["reward"]
-    mean, deviation = reward.mean().item(), reward.std().item()
-    return lambda ids, mask: (data.true_reward(setup.encoding, ids, mask) - mean) / deviation
+    mean, std = reward.mean().item(), reward.std().item()
+    return lambda ids, mask: (data.true_reward(setup.encoding, ids, mask) - mean) / std
 
 
 @cached
@@ -508,7 +511,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         row = {**run._asdict(), "seed": setup.seed, "step": step, "final": is_final, **numbers}
         result["rows"].append(row)
         result["checkpoints"].append(cpu_state_dict(policy))
-        tables.print_row(row, steps)
+        tables.print_row(row, step if is_final else steps)    # rounds may end before `steps`
         setup.stages.on_row(row)
 
     seconds, start = 0., time.perf_counter()
@@ -518,7 +521,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
         result["step"] = step
         check_finite(statistics)
         if (step - 1) % interval == 0:
-            recent = []    # of this interval; if rounds end early, the last two rows share it
+            recent = []    # of this interval; after an early end the last two rows may share it
         recent.append(statistics)
         if step % interval == 0 and step < steps:
             add_row(is_final=False)
@@ -554,7 +557,7 @@ def policy_stages(setup: Setup, settings: dict[str, Iterable[float]]) -> list[St
 
 
 def train_sweep(setups: list[Setup]) -> list[Stage]:
-    """The stages of all policies of Section 6, for every seed, when they are finished.
+    """Train all policies of Section 6, for every seed; returns their stages.
 
     `get_all` gets each stage after those that it reads. The initial critic of PPO reads the reward
     model, which takes long, so it comes after the policies of PPO-GT, which need neither: with few
@@ -575,7 +578,7 @@ def train_sweep(setups: list[Setup]) -> list[Stage]:
 
 
 def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> list[Stage]:
-    """The stages of the baselines in the folder, and those of a user's losses, when finished."""
+    """Train a user's losses; returns the stages of the baselines in the folder, then theirs."""
     baselines, of_losses = [], []
     for setup in setups:
         baselines += find_baselines(setup)
@@ -586,9 +589,9 @@ def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> li
 
 
 def find_baselines(setup: Setup) -> list[Stage]:
-    """The policies of Section 6 with a file in the folder, trained without --pairs.
+    """The policies of Section 6 in the folder with the settings of this command, without --pairs.
 
-    One whose file is damaged is trained again.
+    The others are named in a message. One whose file is damaged is trained again.
     """
     # an earlier command may have had other settings: only the names of its files tell them
     method, number = "|".join(METHODS), r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
@@ -598,11 +601,16 @@ def find_baselines(setup: Setup) -> list[Stage]:
     setup = setup._replace(user_pairs=None)
     stages = [stage for method, setting in runs
               for stage in policy_stages(setup, {method: [setting]})]
-    return [stage for stage in stages if stage.path.exists()]
+    found = [stage for stage in stages if stage.path.exists()]
+    missing = sorted({stage.name for stage in stages} - {stage.name for stage in found})
+    message = f"left out, trained with other settings: {', '.join(missing)}"
+    if missing and setup.stages.store.add(message, 1) == 1:
+        print(message, flush=True)
+    return found
 
 
 def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tuple[Setup, list]:
-    """Setup and finished stages of a configuration with some fields changed, for plots/gap.py."""
+    """Train a configuration with some fields changed, for plots/gap.py: its setup and stages."""
     cfg = dataclasses.replace(setup.cfg, **fields)
     changed = prepare(cfg, setup.seed, setup.stages, setup.device)
     trained = policy_stages(changed, settings)
@@ -611,16 +619,11 @@ def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tup
 
 
 # --------------------------------------------------------------------------------- the experiment
-def write_preferences(setup: Setup, overwrite: bool) -> None:
-    """Write the preferences of pi_ref's completions as text, and print a summary of them.
-
-    A file that is there stays, unless `overwrite`.
-    """
-    path = setup.stages.folder / f"preferences-seed{setup.seed}.jsonl"
-    if path.exists() and not overwrite:
-        return
+def write_preferences(setup: Setup) -> None:
+    """Write the preferences of pi_ref's completions as text, and print a summary of them."""
     pairs = training_preferences(setup)
-    harness.write_jsonl(path, harness.export_preferences(setup.encoding, pairs))
+    harness.write_jsonl(setup.stages.folder / f"preferences-seed{setup.seed}.jsonl",
+                        harness.export_preferences(setup.encoding, pairs))
     print(tables.summary_of_preferences(setup.encoding, pairs, evaluation_prompts(setup)),
           flush=True)
 
@@ -629,9 +632,9 @@ def write_and_report(out: pathlib.Path, cfg: Config, rows: list[dict], failures:
                      optimum: dict, measured: list[dict], seconds: dict[str, float]) -> int:
     """Write all results, draw all figures and print the tables; returns the exit code.
 
-    `measured` are the rows of single figures. Figures that it lacks keep their rows of an earlier
-    command, if the optimum is the same. `seconds` of each stage are for the cost figure; they are
-    empty with --loss, which measures no costs.
+    `measured` are the rows that figures have measured. A figure without rows in it keeps its rows
+    of an earlier command, if the optimum is the same. `seconds` of each stage are for the cost
+    figure; they are empty with --loss, which measures no costs.
     """
     measured = measured + figures.earlier_rows(out, optimum, measured)
     rows = tables.finish_rows(rows, measured, optimum, dataclasses.asdict(cfg))
@@ -658,10 +661,10 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         stages.on_row = partial(figures.draw_progress, out)
     setups = [prepare(cfg, seed, stages, device, pair_texts, args.pairs)
               for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-    for setup in setups:    # first, while all workers can share the sampling; then it is in files
+    for setup in setups:    # now, so that all workers share the sampling; later stages load it
         reference_completions(setup, "train", cfg.prompts)
         if rank == 0 and not pair_texts:
-            write_preferences(setup, overwrite=not losses)
+            write_preferences(setup)
     if losses:
         trained, measured, seconds = train_losses(setups, losses), [], {}
     else:
@@ -696,6 +699,9 @@ def main() -> int:
     if pair_texts and cfg.rounds > 1:
         raise UserError("--rounds cannot be combined with --pairs: in rounds, the policy writes "
                         "its own pairs")
+    if cfg.seeds > 1 and any("response_ids" in pair for pair in pair_texts):
+        raise UserError("--seeds cannot be combined with exported --pairs: each seed has its own "
+                        "tokenizer")
     pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     workers = args.workers or harness.default_workers(device)
     return harness.launch(experiment, workers, device, cfg, args, pair_texts)

@@ -60,6 +60,15 @@ def test_foreign_files_in_the_folder_are_no_runs(tmp_path, monkeypatch):
     assert runs == [train.Run("dpo", 2.)]
 
 
+def test_baselines_of_other_settings_are_left_out_and_named(tmp_path, capsys):
+    """The name of this file has another hash: its policy had, say, another learning rate."""
+    (tmp_path / "train-policy-dpo-2.0-seed0.0123abcd.pt").touch()
+    stages = harness.Stages(tmp_path, torch.distributed.HashStore())
+    setup = train.Setup(train.Config(), 0, stages, "cpu", "", None, None, None)
+    assert train.find_baselines(setup) == []
+    assert "train-policy-dpo-2.0-seed0" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------- --loss files
 def bytes_of(text: str) -> bytes:
     """The text in UTF-8; "\\udcff" stands for the byte 0xff, which UTF-8 does not have."""
@@ -136,6 +145,18 @@ def test_a_loss_that_changes_its_mind_after_the_trial_is_an_error_of_the_loss(re
     x = torch.zeros(7, requires_grad=True)
     with pytest.raises(harness.LossError, match="late.py"):
         loss(dpo.Pair(x, x, x, x, x, x), .5)
+
+
+@pytest.mark.parametrize("need", ["torch.empty(10**16)", "bytearray(2**62)"])
+def test_memory_that_runs_out_in_a_loss_is_no_error_of_the_loss(need, tmp_path):
+    """It would be kept as a failed run, but with fewer workers the same loss may succeed."""
+    code = f"{HEAD}return pair.logp_w if len(pair.logp_w) == 5 else {need}\n"
+    (tmp_path / "large.py").write_text(code)
+    loss = harness.UserLoss(f"{tmp_path}/large.py:f")
+    x = torch.zeros(7, requires_grad=True)
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        loss(dpo.Pair(x, x, x, x, x, x), .5)
+    assert not isinstance(error.value, harness.LossError) and harness.is_out_of_memory(error.value)
 
 
 BAD_LOSS_NAMES = [

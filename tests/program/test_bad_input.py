@@ -187,6 +187,15 @@ def test_pairs_of_ones_own_cannot_come_in_rounds(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_exported_pairs_cannot_be_used_by_several_seeds(tmp_path):
+    """Each seed has its own tokenizer, and an export has the tokens of one."""
+    pair = {"prompt": "This", "chosen": " a", "rejected": " b", "response_ids": {}}
+    harness.write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    argv = [*SMALL, f"--out={tmp_path}/out", f"--pairs={tmp_path}/pairs.jsonl", "--seeds=2"]
+    assert_refused(argv, "--seeds", "--pairs", env=WORKER)
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_tokens_than_the_reviews_have_words_for_are_refused(tmp_path):
     """--vocab-size is within its bounds, but 50 reviews cannot fill it."""
     argv = [*SMALL, f"--out={tmp_path}", "--reviews=50", "--vocab-size=2000"]
