@@ -88,8 +88,9 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"{1e3 * default.ppo_lr:g}e-3; the price of a nat starts at "
         f"{listed([default.ppo_init_kl_coef])} / target; horizon {default.ppo_horizon:,} episodes",
         f"{default.evaluations} times a run, {paper.eval_prompts} prompts x "
-        f"{default.eval_samples} responses, during training {default.eval_samples // 4} (default "
-        f"run: {default.eval_prompts} prompts); the optimum "
+        f"{paper.eval_samples} responses, during training {paper.eval_samples // 4} (default run: "
+        f"{default.eval_prompts} prompts x {default.eval_samples} and {default.eval_samples // 4}"
+        "); the optimum "
         f"from {paper.optimum_samples} responses of each policy to each prompt (default run: "
         f"{default.optimum_samples})",
         f"with `--labels bt` tau is {listed([default.tau])}"]
