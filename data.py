@@ -240,6 +240,11 @@ def make_prompts(encoding, texts: list[str], rng: random.Random) -> tuple[Tensor
     return pad(rows, encoding.eot_token, MAX_PROMPT_TOKENS)
 
 
+def prompt_lengths(mask: Tensor) -> Tensor:
+    """The tokens before the response: mask (B, T) of response tokens -> (B,)."""
+    return mask.int().argmax(1)
+
+
 def decode(encoding, ids: Tensor, mask: Tensor) -> list[str]:
     """The text of each row, prompt and response, without end token or filler.
 
@@ -321,8 +326,7 @@ def shuffled_batches(preferences: Preferences, batch: int, generator: torch.Gene
     """One epoch: batches of the indices of all prompts that have pairs, in random order.
 
     Within a window of batches, prompts are sorted by their longest response, so that less filler
-    is computed.
-    Each batch is (batch,) or shorter, for `select_prompts`.
+    is computed. Each batch is (batch,) or shorter, for `select_prompts`.
     """
     k = preferences.k
     length = preferences.mask.sum(1).view(-1, k).amax(1)               # (X,) longest completion

@@ -51,7 +51,6 @@ from torch import Tensor
 import data
 from data import Preferences
 from dpo import Pair
-from model import first_response_token
 
 
 # --------------------------------------------------------------------------------------- 1. errors
@@ -623,7 +622,7 @@ def export_preferences(encoding, preferences: Preferences) -> list[dict]:
     text, which only --labels bt allows, these are the tokens of the rejected one. Pairs of one
     prompt have the same `group`.
     """
-    starts = first_response_token(preferences.mask)
+    starts = data.prompt_lengths(preferences.mask)
     prompts = [ids[:start].tolist() for ids, start in zip(preferences.ids, starts)]
     responses = [ids[mask].tolist() for ids, mask in zip(preferences.ids, preferences.mask)]
     lines = []

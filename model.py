@@ -1,9 +1,8 @@
 """A small GPT, the log-probabilities that it gives to a text, and its sampler.
 
 Shapes: B sequences of a batch, N of all batches, X prompts, M response tokens of a batch, T tokens,
-P tokens of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model. A
-row of ids is a prompt from position 0, its response, then filler. A mask (B, T) marks response
-tokens.
+P tokens of the longest prompt, V vocabulary, H heads, D width of a head, W width of the model.
+A row of ids is prompt, response, filler. A mask (B, T) marks the response tokens.
 """
 import math
 from dataclasses import dataclass
@@ -255,8 +254,7 @@ def sequence_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
 
     logits (B, T, V), ref_logits (B, T, V), mask (B, T) -> (B,). Its mean over y ~ pi is
     KL(pi || pi_ref) = E[log pi(y|x) - log pi_ref(y|x)]. The sampled log-ratio has the same mean,
-    but more variance: here each step takes the expectation over its token (Rao-Blackwell). This is
-    the plain form; evaluation uses `response_kl`.
+    but more variance: here each step takes the expectation over its token (Rao-Blackwell).
     """
     ignored = ~predicts_response(mask)[..., None]
     kl = token_kl(logits.masked_fill(ignored, 0.), ref_logits.masked_fill(ignored, 0.))
@@ -303,8 +301,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
     token included), then the end token `end` as filler. All rows are at the same position; a row
     whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
     left. T is the longest prompt + max_tokens, or less if all rows end before. `logp_out`
-    (B, P + max_tokens) of zeros gets log pi of the sampled tokens at temperature 1,
-    whatever `temperature` is.
+    (B, P + max_tokens) of zeros gets log pi of the sampled tokens, always at temperature 1.
     """
     B, device = len(prompts), prompts.device
     T = int(prompt_lengths.max()) + max_tokens
@@ -345,11 +342,6 @@ def response_mask(ids: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int
     is_end = ((ids == end) & response).int()
     ends_before = is_end.cumsum(1) - is_end
     return response & (ends_before == 0)
-
-
-def first_response_token(mask: Tensor) -> Tensor:
-    """The position of the first response token, which is the prompt's length: (B, T) -> (B,)."""
-    return mask.int().argmax(1)
 
 
 def last_response_token(mask: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 
 import data
 from model import GPT, generate
-from plots import (STYLE, runs_near_kl, evaluation_prompts, load_policy, mean_and_se, plt,
-                   save)
+from plots import STYLE, evaluation_prompts, load_policy, mean_and_se, plt, runs_near_kl, save
 
 SAMPLES = 4    # responses to each prompt
 PANELS = {"length": "response length, tokens", "distinct_2": "distinct bigrams / bigrams",

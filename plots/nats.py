@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 import data
-from model import (GPT, first_response_token, generate, last_response_token, map_batches,
-                   response_token_logp)
+from model import GPT, generate, last_response_token, map_batches, response_token_logp
 from plots import mean_and_se
 from plots.frontier import sample_mixture
 
@@ -132,7 +131,7 @@ def optimum_nats(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], bet
     ids, mask = (x.cpu() for x in sample_optimal_policy(setup, policies, prompts, beta,
                                                           generator))
     reward = data.true_reward(setup.encoding, ids, mask)
-    begin, stop = first_response_token(mask), last_response_token(mask) + 1
+    begin, stop = data.prompt_lengths(mask), last_response_token(mask) + 1
     log_ratio = torch.zeros(ids.shape, dtype=torch.float64)
     before = log_value(setup, ids, begin, beta, generator)
     for t in range(int(begin.min()), int(stop.max())):

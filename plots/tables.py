@@ -8,7 +8,6 @@ from torch import Tensor
 
 import data
 import dpo
-from model import first_response_token
 from plots import BEST_OF_N, MIN_ESS, reliable_kl, styles_of
 
 
@@ -149,7 +148,7 @@ def summary_of_preferences(encoding, pairs: data.Preferences,
     checked = texts[:1000]
     grammatical = sum(map(data.is_grammatical, checked)) / len(checked)
     ties = len(texts) * (pairs.k - 1) // 2 - len(pairs.winner)
-    starts = first_response_token(pairs.mask).tolist()
+    starts = data.prompt_lengths(pairs.mask).tolist()
     prompts = {tuple(row[:start]) for row, start in zip(pairs.ids.tolist(), starts)}
     evaluated = [tuple(row[:n]) for row, n in zip(*(x.tolist() for x in eval_prompts))]
     seen = sum(prompt in prompts for prompt in evaluated) / len(evaluated)
