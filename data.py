@@ -305,7 +305,7 @@ class Preferences(NamedTuple):
 
 
 def select_prompts(preferences: Preferences, indices: Tensor) -> Preferences:
-    """The completions and pairs of the prompts at these indices (n,), as a batch (App. B).
+    """The completions and pairs of the prompts at these indices (n,), as a batch.
 
     The pairs index the rows of the batch; its width is that of its longest row.
     """

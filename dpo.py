@@ -96,7 +96,7 @@ def dpo_gradient(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     Section 4, by hand: with u = rhat_w - rhat_l, d(-log sigma(u))/du = -sigma(-u). The weight
     sigma(-u) is near 1 where the implicit reward ranks a pair wrongly and near 0 where it ranks it
     right, so DPO stops pushing pairs that are already apart.
-    (Eq. 21-22 derive the same; they are printed with w and l exchanged in u, and so in the weight.)
+    (Eq. 21-22 derive this too, with a misprint: w and l are exchanged in u and in the weight.)
     """
     rhat_w = implicit_reward(pair.logp_w, pair.ref_w, beta)
     rhat_l = implicit_reward(pair.logp_l, pair.ref_l, beta)
@@ -161,10 +161,10 @@ def preferred_ft_loss(pair: Pair, beta: float) -> Tensor:
 def balance_heuristic(ref_logp: Tensor, proposal_logp: Tensor) -> Tensor:
     """log w(y),   w(y) = pi_ref(y|x) / (1/M sum_m pi_m(y|x))                   Veach & Guibas 1995
 
-    Importance weights of sampled responses. M policies sample equally many responses each; pi_ref
-    is usually one of them. The mean of w(y) f(y) over all samples is an unbiased estimate of
-    E_{y~pi_ref}[f(y)]; Z(x) in Eq. 4 is such a mean. If pi_ref is one of the M policies, no weight
-    exceeds M. ref_logp (..., N), proposal_logp (M, ..., N) -> (..., N)
+    Importance weights of sampled responses. M policies sample equally many responses each. The mean
+    of w(y) f(y) over all samples is an unbiased estimate of E_{y~pi_ref}[f(y)]; Z(x) in Eq. 4 is
+    such a mean. If pi_ref is one of the M policies, no weight exceeds M.
+    ref_logp (..., N), proposal_logp (M, ..., N) -> (..., N)
     """
     return ref_logp - (torch.logsumexp(proposal_logp, 0) - math.log(len(proposal_logp)))
 
@@ -190,7 +190,7 @@ def optimal_frontier(reward: Tensor, betas: Tensor,
     """
     reward = reward.double()
     log_weight = torch.zeros_like(reward) if log_weight is None else log_weight.double()
-    log_weight = log_weight - math.log(reward.shape[1])                   # (X, N)
+    log_weight = log_weight - math.log(reward.shape[1])    # (X, N), in the place of log pi_ref
     frontier = {"beta": [], "kl": [], "reward": [], "ess": [], "se": []}
     for beta in betas.tolist():
         p = optimal_policy(log_weight, reward, beta).exp()                # (X, N), rows sum to 1

@@ -347,7 +347,8 @@ class Stages:
                        for stored in earlier]    # of each earlier file, the inputs that differ
         changed = min(differences, key=len, default=[])            # those of the nearest file
         name = stage.function.__name__
-        explanation = f"{name} is computed; no earlier file has the same: {', '.join(changed)}"
+        explanation = f"{name} is computed; the nearest earlier one differs in: "
+        explanation += ", ".join(changed)
         if changed and self.store.add(explanation, 1) == 1:
             print(explanation, flush=True)
 
@@ -355,7 +356,7 @@ class Stages:
         """Compute a stage and save it; returns what is saved."""
         self.explain(stage)
         start = time.perf_counter() - self.waited    # waiting is no part of `seconds`
-        # a field that the hash lacks is not there: reading it would be an error
+        # only the fields in the hash: reading another one is an error
         fields = {name: x for name, x in vars(stage.setup.cfg).items()
                   if f"cfg.{name}" in stage.inputs}
         restricted = stage.setup._replace(cfg=SimpleNamespace(**fields))
@@ -532,8 +533,8 @@ class UserLoss:
                             f"shape (B,), here {tuple(shape)}, but returned {got}; train.py takes "
                             "the mean")
         if pair.logp_w.requires_grad and not value.requires_grad:
-            raise LossError(f"{self.place} has no gradient at some pairs: it does not depend on "
-                            "logp_w or logp_l there, or detaches them")
+            raise LossError(f"{self.place} has no gradient: it does not depend on logp_w or "
+                            "logp_l, or detaches them")
         return value
 
     def try_once(self) -> None:
@@ -576,6 +577,12 @@ def is_known(text: str) -> bool:
     return len(words) > 0 and 2 * sum(word in KNOWN_WORDS for word in words) >= len(words)
 
 
+def lacks_space(prompt: str, response: str) -> bool:
+    """Whether two words become one where the response begins. (A prompt may end inside a word.)"""
+    left, right = re.search(r"\w*$", prompt)[0], re.match(r"\w*", response)[0]
+    return {left, right} <= KNOWN_WORDS and left + right not in KNOWN_WORDS
+
+
 def parse_preference(line: str) -> dict:
     """A line of a file of preferences. Raises ValueError if nothing can be learned from it."""
     try:
@@ -590,6 +597,8 @@ def parse_preference(line: str) -> dict:
     if not all(map(is_known, texts)):
         raise ValueError("a text is empty, or most of its words are in no review: pi_ref cannot "
                          "know it")
+    if any(lacks_space(texts[0], response) for response in texts[1:]):
+        raise ValueError("a response needs a space of its own before its first word")
     if texts[1] == texts[2]:
         raise ValueError("chosen and rejected are the same: there is nothing to learn from them")
     return pair

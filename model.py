@@ -166,8 +166,8 @@ def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def lr_schedule(optimizer, steps: int):
     """Linear warm-up over the first tenth of the steps, then linear decay to 0.
 
-    The paper warms up over 150 steps and does not decay (App. B). Returns a torch scheduler; call
-    step() `steps` times.
+    The paper warms up over 150 steps and mentions no decay (App. B). Returns a torch scheduler;
+    call step() `steps` times.
     """
     def factor(step: int) -> float:
         return min((step + 1) / (.1 * steps), (steps - step) / (.9 * steps), 1.)
@@ -227,7 +227,7 @@ def response_logits(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def scatter_to_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Values (M,) of the response tokens, put where they stand: mask (B, T) -> (B, T), else 0."""
+    """Values (M,) of response tokens at their positions, 0 elsewhere: mask (B, T) -> (B, T)."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
@@ -262,7 +262,7 @@ def sequence_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def response_kl(model: GPT, ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """`sequence_kl` of two models, from logits of response tokens alone: (B, T), (B, T) -> (B,)."""
+    """`sequence_kl` of two models, as the evaluation measures it: (B, T), (B, T) -> (B,)."""
     kl = token_kl(response_logits(model, ids, mask), response_logits(ref, ids, mask))        # (M,)
     return scatter_to_tokens(kl, mask).sum(1)
 

@@ -8,11 +8,12 @@ PPO here is not a straw man. These details are all present, and tested (Schulman
 Ziegler et al. 2019):
   (a) Reward of a token: -c (log pi_old - log pi_ref), the "k1" penalty, fixed while a batch is
       reused; the score once, on the last response token.                    -> `token_rewards`
-  (b) The score is normalised by one affine map, fixed from samples of pi_ref. (Whitening each batch
-      would change beta.)             -> `make_true_score`, `make_learned_score` in train.py
+  (b) The score is normalised by one affine map, fixed from samples of pi_ref. (Whitening the scores
+      of each batch would change beta.)  -> `make_true_score`, `make_learned_score` in train.py
   (c) The coefficient c steers the *sequence* KL to a target; its horizon is in episodes.
                                                                              -> `adapt_kl_coef`
-  (d) Generalised advantage estimation with gamma 1, lambda .95; masked whitening.
+  (d) Generalised advantage estimation with gamma 1, lambda .95; masked whitening of advantages,
+      which scales score and penalty alike.
                                                                              -> `gae`, `whiten`
   (e) Clipped ratio and clipped values (.2), minibatches. The ratio is 1 on the first minibatch.
       (Several epochs over a batch gained nothing here.)          -> `policy_loss`, `value_loss`
@@ -121,8 +122,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
     """A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V_{t+1} - V_t
 
     The estimator is Eq. 16 of Schulman et al. 2016. V and A are 0 after the last response token.
-    All (B, T). Entries outside the mask may hold anything, NaN too, and may lie between response
-    tokens: they are skipped. Returns the advantages and the returns A + V, both 0 outside the mask.
+    All (B, T). Entries outside the mask are skipped, even NaN, and even between response tokens.
+    Returns the advantages and the returns A + V, both 0 outside the mask.
     """
     mask = mask.bool()
     advantages = torch.zeros_like(values)
@@ -256,6 +257,7 @@ def ppo_update(policy: GPT, critic: ScalarModel, optimizer: torch.optim.Optimize
             value = critic.head(rollout.state[rows][mask]).squeeze(-1)               # (M,)
             pg_loss = policy_loss(logp, rollout.logp[rows][mask], advantages[rows][mask])
             v_loss = value_loss(value, rollout.value[rows][mask], returns[rows][mask])
+            # without shared parameters, Adam sees vf_coef only through its epsilon
             loss = pg_loss.mean() + vf_coef * v_loss.mean()
             optimizer.zero_grad()
             loss.backward()
@@ -282,7 +284,7 @@ def train_ppo(cfg, policy: GPT, ref: GPT, prompts: tuple[Tensor, Tensor],
     optimizer = torch.optim.Adam(parameters, lr=cfg.ppo_lr, betas=(.9, cfg.adam_beta2), eps=1e-5,
                                  fused=True)
     scheduler = lr_schedule(optimizer, cfg.ppo_steps)
-    # The optimal price of a nat (`dpo.optimal_reward`) falls with KL: a larger target starts lower.
+    # ppo_init_kl_coef is c times the target: the optimal price of a nat falls with KL.
     kl_coef = cfg.ppo_init_kl_coef / target
     for _ in range(cfg.ppo_steps):
         # 1. Roll out several episodes for each of some prompts.

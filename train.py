@@ -48,7 +48,7 @@ class Config:
                         choices=("test", "validation"))
     # the task (Section 6, App. C.1)
     reviews: int = option(32_000, "film reviews: 80% train, 10% validation, 10% test; SFT also "
-                          "sees a quarter as many of restaurants", 50, 10**6)
+                          "sees a quarter as many restaurant reviews", 50, 10**6)
     vocab_size: int = option(672, "tokens in the vocabulary, end-of-text included", 300, 10**5)
     max_tokens: int = option(64, "longest response, tokens", 1, 10**4)
     # the model and SFT
@@ -89,8 +89,8 @@ class Config:
     ppo_minibatch: int = option(64, "episodes an update", 1, 10**6)
     ppo_epochs: int = option(1, "epochs over a batch", 1, 100)
     ppo_lr: float = option(1e-3, "peak learning rate of policy and critic", 1e-12, 10)
-    ppo_init_kl_coef: float = option(.75, "initial KL coefficient times the target KL, in "
-                                     "standard deviations of the reward", 1e-9, 1e6)
+    ppo_init_kl_coef: float = option(.75, "divided by the target KL: the initial KL coefficient, "
+                                     "for a reward of standard deviation 1", 1e-9, 1e6)
     ppo_horizon: float = option(2_000, "horizon of the KL controller, episodes", 1_000, 1e12)
     # evaluation
     eval_prompts: int = option(64, "held-out prompts, for policies and optimum", 2, 10**5)
@@ -141,11 +141,9 @@ def check_config(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------- setup of a seed, SFT (App. C.1)
-# Inside a stage (a function with @cached, see harness.py) `cfg` has only the fields that the code
-# of the stage reads as cfg.NAME. The name of a stage's file has a hash of that code, of these
-# fields, of the arguments, of `key`, which stands for encoding, corpus and pi_ref, and of the
-# user's pairs if the code reads setup.user_pairs. `Stage(function, setup, ...)` is such a call, not
-# made yet; `stages.get_all` shares the calls among the workers.
+# A function with @cached is a stage (harness.py): its `cfg` has only the fields that its code reads
+# as cfg.NAME. `Stage(function, setup, ...)` is such a call, not made yet; `stages.get_all` shares
+# the calls among the workers.
 class Setup(NamedTuple):
     """What all runs of one configuration and seed share."""
     cfg: Config
@@ -282,10 +280,7 @@ def reference_completions(setup: Setup, split: str, count: int) -> dict[str, Ten
 
 
 def label_completions(setup: Setup, completions: dict[str, Tensor], *names) -> Preferences:
-    """All pairs of the completions of each prompt, labelled.
-
-    The random generator depends on `names`.
-    """
+    """All pairs of the completions of each prompt, labelled; the generator depends on names."""
     cfg = setup.cfg
     reward = completions["reward"].view(-1, cfg.completions)
     generator = named_generator("labels", *names, cfg.seed)
@@ -503,7 +498,7 @@ def run_steps(setup: Setup, policy: GPT, run: Run, steps: int, training_steps: I
     survive an exception. A row is an evaluation (during training with a quarter of the samples),
     the `seconds` of training until then, and the means of the statistics of its interval of steps.
     """
-    def add_row(is_final: bool) -> None:    # reads the variables of the loop below
+    def add_row(is_final: bool) -> None:    # reads step, seconds and recent of the loop below
         samples = setup.cfg.eval_samples if is_final else math.ceil(setup.cfg.eval_samples / 4)
         numbers = evaluate(setup, policy, samples, *run, step)
         check_finite(numbers)
@@ -559,9 +554,10 @@ def policy_stages(setup: Setup, settings: dict[str, Iterable[float]]) -> list[St
 def train_sweep(setups: list[Setup]) -> list[Stage]:
     """Train all policies of Section 6, for every seed; returns their stages.
 
-    `get_all` gets each stage after those that it reads. The initial critic of PPO reads the reward
-    model, which takes long, so it comes after the policies of PPO-GT, which need neither: with few
-    workers, none waits for the reward model. The critic of PPO-GT needs only the true reward.
+    The list is in order: each stage stands after those that it reads. The initial critic of PPO
+    reads the reward model, which takes long, so it comes after the policies of PPO-GT, which need
+    neither: with few workers, none waits for the reward model. The critic of PPO-GT needs only the
+    true reward.
     """
     cfg = setups[0].cfg
     independent, ppo_gt, ppo_critics, remaining = [], [], [], []
@@ -589,11 +585,11 @@ def train_losses(setups: list[Setup], losses: dict[str, harness.UserLoss]) -> li
 
 
 def find_baselines(setup: Setup) -> list[Stage]:
-    """The policies of Section 6 in the folder with the settings of this command, without --pairs.
+    """The policies of Section 6 in the folder, of the current settings and code, without --pairs.
 
     The others are named in a message. One whose file is damaged is trained again.
     """
-    # an earlier command may have had other settings: only the names of its files tell them
+    # an earlier command may have had other betas and targets: only the names of files tell them
     method, number = "|".join(METHODS), r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
     pattern = rf"train-policy-({method})-({number})-seed{setup.seed}\.\w+\.pt"
     matches = [re.fullmatch(pattern, path.name) for path in setup.stages.folder.iterdir()]
@@ -603,7 +599,7 @@ def find_baselines(setup: Setup) -> list[Stage]:
               for stage in policy_stages(setup, {method: [setting]})]
     found = [stage for stage in stages if stage.path.exists()]
     missing = sorted({stage.name for stage in stages} - {stage.name for stage in found})
-    message = f"left out, trained with other settings: {', '.join(missing)}"
+    message = f"left out, trained with other settings or code: {', '.join(missing)}"
     if missing and setup.stages.store.add(message, 1) == 1:
         print(message, flush=True)
     return found
@@ -621,7 +617,7 @@ def train_variant(setup: Setup, fields: dict, settings: dict[str, tuple]) -> tup
 # --------------------------------------------------------------------------------- the experiment
 def write_preferences(setup: Setup) -> None:
     """Write the preferences of pi_ref's completions as text, and print a summary of them."""
-    pairs = training_preferences(setup)
+    pairs = reference_preferences(setup, "train", setup.cfg.prompts)
     harness.write_jsonl(setup.stages.folder / f"preferences-seed{setup.seed}.jsonl",
                         harness.export_preferences(setup.encoding, pairs))
     print(tables.summary_of_preferences(setup.encoding, pairs, evaluation_prompts(setup)),

@@ -49,13 +49,13 @@ def settings_of(variant: str, cfg, optimum: dict) -> dict[str, tuple]:
     """method -> the settings to train.
 
     With labels of Eq. 1 the minimiser of Eq. 7 is the optimum at the price tau * beta of a nat. So
-    their betas are those whose KL should be the first two targets of PPO (each takes half an hour
-    at the paper's size).
+    their betas are those whose KL should be the first three targets of PPO (each takes half an
+    hour at the paper's size).
     """
     if variant == PAPER:
         return {"dpo": cfg.betas, "ppo_gt": cfg.kl_targets}
     if variant == EQ_1_LABELS:
-        prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets[:2]]
+        prices = [dpo.optimal_reward(kl, optimum)[1] for kl in cfg.kl_targets[:3]]
         return {"dpo": tuple(sorted({round(price / cfg.tau, 3) for price in prices}))}
     return {"dpo": tuple(sorted(cfg.betas))[1:]}    # the smallest goes beyond the figure
 

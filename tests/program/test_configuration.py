@@ -85,7 +85,7 @@ def test_the_documents_state_the_sizes_of_the_presets():
         f"{default.vocab_size} tokens, responses of at most {default.max_tokens} tokens",
         f"| {default.rm_epochs} epochs, the best kept | the same, Adam, {1e3 * default.rm_lr:g}e-3",
         f"{default.ppo_epochs} epoch over minibatches of {default.ppo_minibatch} episodes, Adam, "
-        f"{1e3 * default.ppo_lr:g}e-3; the price of a nat starts at "
+        f"{1e3 * default.ppo_lr:g}e-3; the KL coefficient starts at "
         f"{listed([default.ppo_init_kl_coef])} / target; horizon {default.ppo_horizon:,} episodes",
         f"{default.evaluations} times a run, {paper.eval_prompts} prompts x "
         f"{paper.eval_samples} responses, during training {paper.eval_samples // 4} (default run: "

@@ -77,9 +77,10 @@ def test_the_study_changes_what_its_variants_say_and_names_what_failed(study):
 
 def test_labels_of_eq_1_get_the_betas_whose_price_is_that_of_the_target_kls():
     """The price of a nat is tau * beta; here the frontier has its price at each target KL."""
-    optimum = {"kl": [1., 2., 4.], "beta": [.1, .05, .02], "reward": [.7, .77, .84], "se": [0.] * 3}
-    cfg = dataclasses.replace(DEFAULT, kl_targets=(1., 2., 4.), tau=.1)
-    assert gap.settings_of(gap.EQ_1_LABELS, cfg, optimum) == {"dpo": (.5, 1.)}
+    optimum = {"kl": [1., 2., 4., 7.], "beta": [.1, .05, .02, .01],
+               "reward": [.7, .77, .84, .88], "se": [0.] * 4}
+    cfg = dataclasses.replace(DEFAULT, kl_targets=(1., 2., 4., 7.), tau=.1)
+    assert gap.settings_of(gap.EQ_1_LABELS, cfg, optimum) == {"dpo": (.2, .5, 1.)}
 
 
 @pytest.mark.parametrize("study", [False], indirect=True)

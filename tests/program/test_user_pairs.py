@@ -159,6 +159,8 @@ BAD_LINES = {    # line: words of the error
     json.dumps({**PLAIN_PAIR, "chosen": TEXTS[2]}): "the same",
     json.dumps({**PLAIN_PAIR, "chosen": "qwert zxcv uiop"}): "in no review",
     json.dumps({**PLAIN_PAIR, "prompt": "\u2603\u2603"}): "in no review",
+    json.dumps({**PLAIN_PAIR, "prompt": "This western: the plot felt", "chosen": "clumsy."}):
+        "needs a space",
     "": "not a JSON object",
     "[" * 100_000: "not a JSON object"}
 
