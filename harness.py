@@ -347,8 +347,8 @@ class Stages:
                        for stored in earlier]    # of each earlier file, the inputs that differ
         changed = min(differences, key=len, default=[])            # those of the nearest file
         name = stage.function.__name__
-        explanation = f"{name} is computed; the nearest earlier one differs in: "
-        explanation += ", ".join(changed)
+        inputs = ", ".join(changed)
+        explanation = f"{name} is computed; the nearest earlier one differs in: {inputs}"
         if changed and self.store.add(explanation, 1) == 1:
             print(explanation, flush=True)
 
@@ -533,9 +533,13 @@ class UserLoss:
                             f"shape (B,), here {tuple(shape)}, but returned {got}; train.py takes "
                             "the mean")
         if pair.logp_w.requires_grad and not value.requires_grad:
-            raise LossError(f"{self.place} has no gradient: it does not depend on logp_w or "
-                            "logp_l, or detaches them")
+            raise self.no_gradient()
         return value
+
+    def no_gradient(self) -> LossError:
+        """The error of a loss that does not reach the policy."""
+        return LossError(f"{self.place} has no gradient: it does not depend on logp_w or logp_l, "
+                         "or detaches them")
 
     def try_once(self) -> None:
         """One call on ordinary pairs: the loss and its gradient must be finite."""
@@ -546,8 +550,7 @@ class UserLoss:
         value = self(pair, .5)
         [slope] = torch.autograd.grad(value.sum(), logp, allow_unused=True)
         if slope is None:
-            raise LossError(f"{self.place} has no gradient: it does not depend on logp_w or "
-                            "logp_l, or detaches them")
+            raise self.no_gradient()
         for name, x in ("loss", value), ("gradient", slope):
             if not x.isfinite().all():
                 raise LossError(f"{self.place}: the {name} is not finite on ordinary "
@@ -579,7 +582,7 @@ def is_known(text: str) -> bool:
 
 def lacks_space(prompt: str, response: str) -> bool:
     """Whether two words become one where the response begins. (A prompt may end inside a word.)"""
-    left, right = re.search(r"\w*$", prompt)[0], re.match(r"\w*", response)[0]
+    left, right = re.search(r"\w*\Z", prompt)[0], re.match(r"\w*", response)[0]
     return {left, right} <= KNOWN_WORDS and left + right not in KNOWN_WORDS
 
 

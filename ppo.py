@@ -13,8 +13,7 @@ Ziegler et al. 2019):
   (c) The coefficient c steers the *sequence* KL to a target; its horizon is in episodes.
                                                                              -> `adapt_kl_coef`
   (d) Generalised advantage estimation with gamma 1, lambda .95; masked whitening of advantages,
-      which scales score and penalty alike.
-                                                                             -> `gae`, `whiten`
+      which scales score and penalty alike.                                  -> `gae`, `whiten`
   (e) Clipped ratio and clipped values (.2), minibatches. The ratio is 1 on the first minibatch.
       (Several epochs over a batch gained nothing here.)          -> `policy_loss`, `value_loss`
   (f) A critic of its own, not a head on the policy, so their gradients do not compete. It is fitted
