@@ -100,6 +100,8 @@ class Config:
                               "finished policy", 1, 1000)
     optimum_samples: int = option(256, "responses to each prompt from each policy that samples for "
                                   "the optimum", 16, 10**6)
+    optimum_fits: int = option(0, "policies fitted to the optimum, to sample for it instead of "
+                               "PPO-GT and DPO (plots/frontier.py)", 0, 100)
 
 
 PRESETS = {
@@ -107,7 +109,7 @@ PRESETS = {
     # the paper's number of pairs; betas and targets for the KL at which the optimum is reliable
     "paper": dict(prompts=25_000, betas=(.7, 1.25, 2.25, 3.5), alphas=(.05, .1, .5, 1.), lr=2.5e-4,
                   kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
-                  eval_samples=64, optimum_samples=512),
+                  eval_samples=64, optimum_samples=2_048, optimum_fits=7),
     "tiny": dict(reviews=1_500, vocab_size=512, layers=1, heads=1, width=32, sft_epochs=3,
                  sft_batch=16, sft_lr=1e-2, prompts=64, betas=(.5, 2.), alphas=(.1,), rm_epochs=1,
                  kl_targets=(1.,), ppo_steps=2, ppo_batch=16, ppo_minibatch=8, eval_prompts=12,
@@ -667,11 +669,12 @@ def experiment(rank: int, store: torch.distributed.Store, device: str, cfg: Conf
         trained = train_sweep(setups)
         measured = figures.measure_all(setups[0], trained, make_learned_score)
         seconds = {**stages.seconds}    # a copy, because stages of --study have the same names
-    optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, trained)
-                                     for setup in setups})
+    proposals = frontier.all_proposals(setups, trained, sft)
+    optimum = frontier.mean_optimum({setup.seed: frontier.estimate_optimum(setup, policies)
+                                     for setup, policies in zip(setups, proposals)})
     failures = [stage.value["failure"] for stage in trained if stage.value["failure"]]
     if args.study:
-        gap_rows, gap_failures = gap.study(setups[0], trained, train_variant)
+        gap_rows, gap_failures = gap.study(setups[0], trained, proposals[0], train_variant)
         measured += gap_rows
         failures += gap_failures
     if rank > 0:

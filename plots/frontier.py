@@ -1,7 +1,9 @@
 """Fig. 2, left: true reward against KL(pi || pi_ref), every method below the optimal frontier."""
+import copy
 import math
 import statistics
 from functools import partial
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -9,11 +11,18 @@ from torch import Tensor
 import data
 import dpo
 from harness import PARTS, Stage, cached, part_indices
-from model import GPT, batched_sequence_logp, generate, map_batches, response_kl
-from plots import (BEST_OF_N, evaluation_prompts, load_finished_policy, plt, reliable_kl, save,
-                   styles_of)
+from model import (GPT, batched_sequence_logp, cpu_state_dict, generate, last_response_token,
+                   map_batches, response_kl)
+from plots import (BEST_OF_N, evaluation_prompts, load_finished_policy, plt, prompts_of_split,
+                   reliable_kl, save, styles_of)
 
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
+FIT_PROMPTS = 5_000    # train prompts of each fit to the optimum, or all if there are fewer
+FIT_SAMPLES = 10       # responses to each of them from each sampling policy
+FIT_PICKS = 6          # of these, drawn by their probability in pi*, to train on
+FIT_EPOCHS = 2
+FIT_BATCH = 128        # responses a step
+FIT_LR = 2e-3          # peak learning rate
 
 
 # ------------------------------------------------------------------------- measuring the optimum
@@ -65,8 +74,64 @@ def optimum_from_samples(reward: Tensor, log_weight: Tensor) -> dict:
     return {**dpo.optimal_frontier(reward, betas, log_weight), "ref_reward": ref_reward}
 
 
+def draw_from_optimum(samples: tuple[Tensor, Tensor, Tensor, Tensor], beta: float, count: int,
+                      generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` samples of pi* for each prompt, drawn from those of `sample_mixture` (resampling).
+
+    A response is drawn by its probability in pi*, with replacement. -> ids and mask (X * count, T)
+    """
+    ids, mask, reward, log_weight = samples
+    probability = dpo.optimal_policy(log_weight, reward, beta).exp()                # (X, N)
+    columns = torch.multinomial(probability, count, replacement=True, generator=generator)
+    rows = torch.arange(len(columns))[:, None]
+    return ids[rows, columns].flatten(0, 1), mask[rows, columns].flatten(0, 1)
+
+
+@cached
+def fit_to_optimum(setup, kls: tuple[float, ...], sft: Callable) -> dict[str, list]:
+    """A policy fitted to the optimum at the last of `kls`, nats, to sample for it.
+
+    It is fitted by maximum likelihood, so it must give probability to all that the samples of the
+    optimum contain: SFT on approximate samples of pi* (Eq. 4) for train prompts. These are drawn
+    from samples of pi_ref and of the fits at the two KLs before, so the KL can grow from fit to fit
+    (adaptive importance sampling; Rubinstein 1999, the cross-entropy method). Training starts from
+    the fit before. `sft` is that of train.py. -> `checkpoints`, a list with the parameters, as
+    `load_finished_policy` reads it.
+    """
+    names = *kls, setup.cfg.seed
+    generator = data.named_generator("fit to optimum", *names, device=setup.device)
+    earlier = [Stage(fit_to_optimum, setup, kls[:i], sft) for i in range(1, len(kls))]
+    policies = sampling_policies(setup, earlier[-2:])
+    prompts = prompts_of_split(setup, "train", setup.cfg.prompts)
+    chosen = torch.randperm(len(prompts[0]), generator=generator, device=setup.device)
+    prompts = tuple(p.to(setup.device)[chosen[:FIT_PROMPTS]] for p in prompts)
+    samples = sample_mixture(setup, policies, prompts, FIT_SAMPLES, generator)
+    _, beta, _ = dpo.optimal_reward(kls[-1], optimum_from_samples(*samples[2:]))
+    ids, mask = draw_from_optimum(samples, beta, FIT_PICKS, data.named_generator("picks", *names))
+    orders = []
+    for epoch in range(FIT_EPOCHS):
+        order_generator = data.named_generator("order of fit", epoch, *names)
+        orders.append(torch.randperm(len(ids), generator=order_generator))
+    batches = [batch.tolist() for batch in torch.cat(orders).split(FIT_BATCH)]
+    policy = copy.deepcopy(policies[-1]).requires_grad_(True)
+    sft(policy, ids.cpu(), last_response_token(mask).cpu() + 1, batches, FIT_LR)
+    return {"checkpoints": [cpu_state_dict(policy)]}
+
+
+def fits_to_optimum(setup, sft: Callable) -> tuple[Stage, ...]:
+    """The stages that fit --optimum-fits policies, each of which reads those before.
+
+    Their KLs are a quarter of the largest target of PPO, a half, three quarters, the whole; later
+    fits repeat the whole. Fewer than four take fewer steps.
+    """
+    count = setup.cfg.optimum_fits
+    steps = min(count, 4)
+    kls = tuple(max(setup.cfg.kl_targets) * min(i / steps, 1) for i in range(1, count + 1))
+    return tuple(Stage(fit_to_optimum, setup, kls[:i], sft) for i in range(1, count + 1))
+
+
 def choose_proposals(setup, trained: list[Stage]) -> tuple[Stage, ...]:
-    """The policies that sample for the optimum besides pi_ref: PPO-GT, and DPO's two farthest.
+    """Trained policies that sample for the optimum: PPO-GT, and DPO's two farthest.
 
     `trained` are stages of train.py, whose values say what was trained.
     """
@@ -76,6 +141,18 @@ def choose_proposals(setup, trained: list[Stage]) -> tuple[Stage, ...]:
     ppo_gt = [stage for stage in finished if stage.value["method"] == "ppo_gt"]
     dpo_by_beta = [stage for stage in finished if stage.value["method"] == "dpo"]
     return (*ppo_gt, *dpo_by_beta[:2])    # a smaller beta goes farther from pi_ref
+
+
+def all_proposals(setups: list, trained: list[Stage], sft: Callable) -> list[tuple[Stage, ...]]:
+    """For each seed the policies that sample for its optimum besides pi_ref, all finished.
+
+    With --optimum-fits the last fit, the last but two, and so on: neighbours are alike, and each
+    sampling policy costs time. Otherwise trained policies.
+    """
+    fits = [fits_to_optimum(setup, sft) for setup in setups]
+    # the first of each seed, then the second: the workers share them, and few wait
+    setups[0].stages.get_all([stage for stages in zip(*fits) for stage in stages])
+    return [stages[::-2] or choose_proposals(setup, trained) for setup, stages in zip(setups, fits)]
 
 
 def sampling_policies(setup, proposals: tuple[Stage, ...]) -> list[GPT]:
@@ -101,12 +178,12 @@ def samples_of_optimum(setup, proposals: tuple[Stage, ...]) -> tuple[Tensor, Ten
     return tuple(torch.cat(x) for x in zip(*samples))
 
 
-def estimate_optimum(setup, trained: list[Stage]) -> dict:
+def estimate_optimum(setup, proposals: tuple[Stage, ...]) -> dict:
     """The optimal frontier (Eq. 4) of the evaluation prompts, and `ref_reward`, pi_ref's mean.
 
-    It is estimated from samples of pi_ref, and of some trained policies, which reach further.
+    It is estimated from samples of pi_ref and of the proposals, which reach further.
     """
-    return optimum_from_samples(*samples_of_optimum(setup, choose_proposals(setup, trained)))
+    return optimum_from_samples(*samples_of_optimum(setup, proposals))
 
 
 def mean_optimum(optima: dict[int, dict]) -> dict:

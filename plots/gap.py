@@ -39,7 +39,9 @@ SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ra
 
 def changed_fields(cfg) -> dict[str, dict]:
     """variant -> the fields of the configuration that it changes."""
-    return {PAPER: dict(rounds=1), WIDE: dict(rounds=1, width=2 * cfg.width, lr=cfg.lr / 2),
+    # a wide network is slow: its optimum rests on pi_ref's and DPO's samples, without fits
+    wide = dict(width=2 * cfg.width, lr=cfg.lr / 2, optimum_samples=min(cfg.optimum_samples, 512))
+    return {PAPER: dict(rounds=1), WIDE: dict(rounds=1, **wide),
             ROUNDS: dict(rounds=8),
             # ppo_batch is not used here, but must be a multiple of completions
             EQ_1_LABELS: dict(rounds=8, labels="bt", completions=64, ppo_batch=64)}
@@ -147,16 +149,17 @@ def nearest_to_compared_kl(finished: list[Stage]) -> list[Stage]:
             for group in groups.values()]
 
 
-def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict], list[dict]]:
-    """The rows of the figure, and the failed runs. `sweep` are the stages of the policies.
+def study(setup, sweep: list[Stage], proposals: tuple[Stage, ...],
+          train_variant: Callable) -> tuple[list[dict], list[dict]]:
+    """The rows of the figure, and the failed runs.
 
+    `sweep` are the stages of the policies, `proposals` those that sample for the optimum.
     train_variant(setup, fields, settings) -> the setup and the stages of a configuration with some
     fields changed.
     """
     failures, measurements = [], []
     in_sweep = {stage.path for stage in sweep}    # the caller has their failures
-    optimum = frontier.estimate_optimum(setup, sweep)
-    proposals = frontier.choose_proposals(setup, sweep)
+    optimum = frontier.estimate_optimum(setup, proposals)
     for variant, fields in changed_fields(setup.cfg).items():
         settings = settings_of(variant, setup.cfg, optimum)
         changed, trained = train_variant(setup, fields, settings)
@@ -165,7 +168,7 @@ def study(setup, sweep: list[Stage], train_variant: Callable) -> tuple[list[dict
         failures += [{**failure, "reason": f"{variant}: {failure['reason']}"} for failure in failed]
         finished = [stage for stage in trained if not stage.value["failure"]]
         samplers = proposals
-        if changed.key != setup.key:    # a wider network: another pi_ref, another optimum
+        if changed.key != setup.key:    # a wider network: another pi_ref, another optimum, no fits
             samplers = frontier.choose_proposals(changed, trained)
         measurements += [Stage(measure_share, changed, variant, stage.value["method"],
                                stage.value["setting"], stage, samplers) for stage in finished]

@@ -20,7 +20,7 @@ from torch import Tensor
 import data
 from model import GPT, generate, last_response_token, map_batches, response_token_logp
 from plots import mean_and_se
-from plots.frontier import sample_mixture
+from plots.frontier import draw_from_optimum, sample_mixture
 
 ROLES = ("opening", "aspect", "verb", "negation", "intensifier", "adjective", "connective", "end")
 SAMPLES = 16      # responses of a policy to each prompt
@@ -101,14 +101,10 @@ def sample_optimal_policy(setup, policies: list[GPT], prompts: tuple[Tensor, Ten
                           generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two samples of pi* at a price beta for each prompt: ids and mask (2 X, T).
 
-    They are drawn by their weights in pi* from the samples of `policies`, pi_ref among them.
+    They are drawn from samples of `policies`, of which pi_ref is the first.
     """
-    ids, mask, reward, log_weight = sample_mixture(setup, policies, prompts, POOL, generator)
-    probability = torch.softmax(log_weight + reward / beta, 1)                       # (X, M * POOL)
-    picked = torch.multinomial(probability, 2, replacement=True,
-                               generator=data.named_generator("picked", setup.cfg.seed))
-    rows = torch.arange(len(ids))[:, None]
-    return ids[rows, picked].flatten(0, 1), mask[rows, picked].flatten(0, 1)
+    samples = sample_mixture(setup, policies, prompts, POOL, generator)
+    return draw_from_optimum(samples, beta, 2, data.named_generator("picked", setup.cfg.seed))
 
 
 def log_value(setup, ids: Tensor, lengths: Tensor, beta: float,

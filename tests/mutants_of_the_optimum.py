@@ -252,3 +252,45 @@ def proposals_that_failed(original, setup, policies):
     return original(setup, [SimpleNamespace(setup=policy.setup,
                                             value={**policy.value, "failure": None})
                             for policy in policies])
+
+
+FITS = "a_fit_is_trained_on_samples_of_the_optimum_at_its_kl"
+
+
+@plant("a fit to the optimum is trained on all responses alike",
+       "train.frontier.fit_to_optimum", FITS)
+def fitted_to_the_samplers(original, setup, kls, sft):
+    with mock.patch("dpo.optimal_policy",
+                    lambda log_weight, reward, beta: torch.zeros_like(reward)):
+        return original(setup, kls, sft)
+
+
+@plant("a fit to the optimum forgets which policy wrote a response",
+       "train.frontier.fit_to_optimum", FITS)
+def fitted_without_weights(original, setup, kls, sft):
+    def unweighted(log_weight, reward, beta):
+        return torch.log_softmax(reward / beta, -1)
+
+    with mock.patch("dpo.optimal_policy", unweighted):
+        return original(setup, kls, sft)
+
+
+@plant("each fit to the optimum is at the KL of the first",
+       "train.frontier.fit_to_optimum", FITS)
+def fitted_to_the_first_kl(original, setup, kls, sft):
+    return original(setup, (kls[0],) * len(kls), sft)
+
+
+@plant("the KL of a fit to the optimum grows beyond the largest target",
+       "train.frontier.fits_to_optimum",
+       "the_fits_reach_the_largest_target_of_ppo_in_four_steps_and_repeat_it")
+def fits_beyond_the_largest_target(original, setup, sft):
+    with mock.patch("train.frontier.min", lambda step, one: step, create=True):
+        return original(setup, sft)
+
+
+@plant("the last fit to the optimum does not sample for it",
+       "train.frontier.all_proposals",
+       "every_second_fit_samples_for_the_optimum_or_trained_policies_without_fits")
+def last_fit_left_out(original, setups, trained, sft):
+    return [stages[1:] or stages for stages in original(setups, trained, sft)]

@@ -42,7 +42,7 @@ def test_every_value_of_a_preset_can_be_given_as_a_flag():
 
 def test_counts_begin_at_one_unless_there_is_a_reason():
     """The smallest value that each flag accepts, by reason."""
-    smallest = {"seed": 0, "preferred_runs": 0,                      # both may be none
+    smallest = {"seed": 0, "preferred_runs": 0, "optimum_fits": 0,   # may be none
                 "completions": 2, "ppo_batch": 2, "eval_prompts": 2,    # a pair; two for a spread
                 "reviews": 50, "vocab_size": 300, "optimum_samples": 16}    # to mean anything
     for field in dataclasses.fields(train.Config):

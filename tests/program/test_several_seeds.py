@@ -13,9 +13,12 @@ from tiny_run import modification_times, read_optimum, read_rows, run
 
 @pytest.fixture(scope="module")
 def two_seeds(tiny, tmp_path_factory):
-    """The folder of a finished run of two seeds. The stages of the first were there already."""
+    """The folder of a finished run of two seeds. The stages of the first were there already.
+
+    Policies that are fitted to the optimum sample for it.
+    """
     out = shutil.copytree(tiny[0], tmp_path_factory.mktemp("seeds") / "run")
-    code, printed = run(out, "--seeds", 2, "--workers", 2)
+    code, printed = run(out, "--seeds", 2, "--workers", 2, "--optimum-fits", 2)
     assert code == 0, printed
     return out
 
@@ -83,13 +86,16 @@ def test_a_seed_does_not_depend_on_the_seeds_beside_it(two_seeds, tmp_path):
     """
     out = shutil.copytree(two_seeds, tmp_path / "run")
     policies_before = modification_times(out, "train-*.pt")
+    fits_before = modification_times(out, "fit-to-optimum-*.pt")
+    assert len(fits_before) == 4, "two policies a seed must be fitted to the optimum"
     rows_before = [row for row in read_rows(out)
                    if row["seed"] == 1 and not row["method"].startswith("best_of_n")]
-    code, printed = run(out, "--seed", 1)
+    code, printed = run(out, "--seed", 1, "--optimum-fits", 2)
     rows = [row for row in read_rows(out) if not row["method"].startswith("best_of_n")]
     for row in rows + rows_before:
         del row["config"]    # it has the first seed
     assert code == 0 and rows == rows_before, printed
     assert modification_times(out, "train-*.pt") == policies_before, "a policy was trained again"
+    assert modification_times(out, "fit-to-optimum-*.pt") == fits_before, "a fit was made again"
     [curve] = read_optimum(out)["seeds"].values()
     assert curve == read_optimum(two_seeds)["seeds"]["1"]

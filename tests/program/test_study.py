@@ -53,7 +53,7 @@ def study(monkeypatch, request):
     monkeypatch.setattr(gap.dpo, "optimal_reward", lambda kl, optimum: (.9, .06, 0.))
     setup = SimpleNamespace(cfg=DEFAULT, seed=0, device="cpu", key="pi_ref 64",
                             stages=SimpleNamespace(get_all=list))
-    measurements, failures = gap.study(setup, [], train.train_variant)
+    measurements, failures = gap.study(setup, [], ("fits",), train.train_variant)
     return measurements, failures, configurations
 
 
@@ -89,7 +89,7 @@ def test_variants_have_the_optimum_of_their_own_pi_ref(study):
     measurements, *_ = study
     shares = stages_of(measurements, gap.measure_share)
     samplers = {stage.arguments[0]: stage.arguments[4] for stage in shares}
-    same_pi_ref = dict.fromkeys(gap.VARIANTS, ("pi_ref 64",))
+    same_pi_ref = dict.fromkeys(gap.VARIANTS, ("fits",))
     assert samplers == {**same_pi_ref, gap.WIDE: ("pi_ref 128",)}
 
 

@@ -59,7 +59,7 @@ def test_no_two_parts_or_splits_share_random_numbers():
     assert len(states) == len(made) == 4 * 7, \
         f"{len(made)} generators make {len(states)} different random numbers, not 28"
     with recorded_generators() as made:
-        frontier.estimate_optimum(setup_of(2, eval_prompts=4, optimum_samples=2), [])
+        frontier.estimate_optimum(setup_of(2, eval_prompts=4, optimum_samples=2), ())
     assert len({state for _, state in made}) == 1 + 4, \
         "the parts of the prompts of the optimum must not share random numbers"
 
@@ -94,7 +94,8 @@ def run_all_stages(seed):
             train.make_corpus(setup, domain)
         sft_inputs(setup)
         train.fit_reward_model(setup)
-        frontier.estimate_optimum(setup, [])
+        frontier.estimate_optimum(setup, ())
+        frontier.fit_to_optimum(setup, (.1, .2), train.sft)
         train.reference_row(setup)
         train.evaluate(setup, setup.ref, 2, *train.Run("dpo", 1.), 7)
         _, steps = train.train_on_pairs(one_round, long_gpt(), train.Run("dpo", 1.), dpo.dpo_loss)
