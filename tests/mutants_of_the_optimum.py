@@ -294,3 +294,14 @@ def fits_beyond_the_largest_target(original, setup, sft):
        "every_second_fit_samples_for_the_optimum_or_trained_policies_without_fits")
 def last_fit_left_out(original, setups, trained, sft):
     return [stages[1:] or stages for stages in original(setups, trained, sft)]
+
+
+@plant("a fit to the optimum has the same order in every epoch",
+       "train.frontier.fit_to_optimum", "a_fit_trains_on_each_of_its_picks_once_an_epoch")
+def fitted_in_one_order(original, setup, kls, sft):
+    def sft_in_one_order(policy, ids, lengths, batches, lr):
+        size, epochs = len(batches[0]), sum(map(len, batches)) // len(ids)
+        order = sum(batches, [])[:len(ids)] * epochs
+        sft(policy, ids, lengths, [order[i:i + size] for i in range(0, len(order), size)], lr)
+
+    return original(setup, kls, sft_in_one_order)
