@@ -100,8 +100,7 @@ def fit_to_optimum(setup, kls: tuple[float, ...], sft: Callable) -> dict[str, li
     """
     names = *kls, setup.cfg.seed
     generator = data.named_generator("fit to optimum", *names, device=setup.device)
-    earlier = [Stage(fit_to_optimum, setup, kls[:i], sft) for i in range(1, len(kls))]
-    policies = sampling_policies(setup, earlier[-2:])
+    policies = sampling_policies(setup, fits_at(setup, kls[:-1], sft)[-2:])
     prompts = prompts_of_split(setup, "train", setup.cfg.prompts)
     chosen = torch.randperm(len(prompts[0]), generator=generator, device=setup.device)
     prompts = tuple(p.to(setup.device)[chosen[:FIT_PROMPTS]] for p in prompts)
@@ -118,8 +117,13 @@ def fit_to_optimum(setup, kls: tuple[float, ...], sft: Callable) -> dict[str, li
     return {"checkpoints": [cpu_state_dict(policy)]}
 
 
+def fits_at(setup, kls: tuple[float, ...], sft: Callable) -> tuple[Stage, ...]:
+    """The stages of the fits at these KLs, each of which reads those before."""
+    return tuple(Stage(fit_to_optimum, setup, kls[:i], sft) for i in range(1, len(kls) + 1))
+
+
 def fits_to_optimum(setup, sft: Callable) -> tuple[Stage, ...]:
-    """The stages that fit --optimum-fits policies, each of which reads those before.
+    """The stages that fit --optimum-fits policies.
 
     Their KLs are a quarter of the largest target of PPO, a half, three quarters, the whole; later
     fits repeat the whole. Fewer than four take fewer steps.
@@ -127,7 +131,7 @@ def fits_to_optimum(setup, sft: Callable) -> tuple[Stage, ...]:
     count = setup.cfg.optimum_fits
     steps = min(count, 4)
     kls = tuple(max(setup.cfg.kl_targets) * min(i / steps, 1) for i in range(1, count + 1))
-    return tuple(Stage(fit_to_optimum, setup, kls[:i], sft) for i in range(1, count + 1))
+    return fits_at(setup, kls, sft)
 
 
 def choose_proposals(setup, trained: list[Stage]) -> tuple[Stage, ...]:
