@@ -292,20 +292,20 @@ def prompts_with_filler(prompts: Tensor, prompt_lengths: Tensor, width: int, end
 
 
 @torch.no_grad()
-def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int, end: int,
+def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int | Tensor, end: int,
            temperature: float = 1., generator: torch.Generator | None = None,
            logp_out: Tensor | None = None) -> Tensor:
     """Sample a response to each prompt: prompts (B, P), prompt_lengths (B,) -> ids (B, T).
 
-    Row b holds its prompt from position 0, its response right after it (at most max_tokens, the end
-    token included), then the end token `end` as filler. All rows are at the same position; a row
-    whose prompt lasts longer reads its next token from the prompt, so nothing is padded on the
-    left. T is the longest prompt + max_tokens, or less if all rows end before. `logp_out`
-    (B, P + max_tokens) of zeros gets log pi of the sampled tokens, always at temperature 1.
+    Row b holds its prompt from position 0, its response right after it, then the end token `end` as
+    filler. A response has at most max_tokens (a number or (B,), 1 or more), the end token included.
+    All rows are at the same position; a row whose prompt lasts longer reads its next token from the
+    prompt, so nothing is padded on the left. T is the most of prompt + max_tokens, or less if all
+    rows end before. `logp_out`, zeros (B, >= T), gets log pi of the sampled tokens, temperature 1.
     """
     B, device = len(prompts), prompts.device
-    T = int(prompt_lengths.max()) + max_tokens
-    shortest = int(prompt_lengths.min())
+    stop = prompt_lengths + max_tokens                                       # (B,)
+    shortest, T = int(prompt_lengths.min()), int(stop.max())
     ids = prompts_with_filler(prompts, prompt_lengths, T, end)
     rows = torch.arange(B, device=device)                                    # rows still computed
     alive = torch.ones(B, dtype=torch.bool, device=device)                   # not yet ended
@@ -315,13 +315,13 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
         logits = model.logits(model.hidden(x, kv_caches, t - x.shape[1])[:, -1])    # (rows, V)
         u = torch.rand(B, generator=generator, device=device)[rows]
         token = sample_token(logits, temperature, u)
-        sampled = alive & (t >= prompt_lengths)
+        sampled = alive & (t >= prompt_lengths[rows])
         if logp_out is not None:
             logp = log_softmax(logits).gather(1, token[:, None]).squeeze(1)
             logp_out[rows, t] = logp.masked_fill(~sampled, 0.)
         token = torch.where(sampled, token, ids[rows, t])                    # else prompt or filler
         ids[rows, t] = token
-        alive &= ~(sampled & (token == end)) & (t + 1 < prompt_lengths + max_tokens)
+        alive &= ~(sampled & (token == end)) & (t + 1 < stop[rows])
         x = token[:, None]
         if t % 4 > 0:    # nonzero() waits for the device, so ended rows are dropped every 4 steps
             continue
@@ -329,7 +329,7 @@ def sample(model: GPT, prompts: Tensor, prompt_lengths: Tensor, max_tokens: int,
         if len(keep) == 0:
             return ids[:, :t + 1]
         if len(keep) < .8 * len(rows):                                       # drop the ended rows
-            rows, x, alive, prompt_lengths = (y[keep] for y in (rows, x, alive, prompt_lengths))
+            rows, x, alive = (y[keep] for y in (rows, x, alive))
             kv_caches = [cache[:, keep] for cache in kv_caches]
     return ids
 

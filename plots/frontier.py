@@ -6,16 +6,18 @@ from functools import partial
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
 import dpo
 from harness import PARTS, Stage, cached, part_indices
-from model import (GPT, batched_sequence_logp, cpu_state_dict, generate, last_response_token,
-                   map_batches, response_kl)
+from model import (GPT, cpu_state_dict, generate, last_response_token, map_batches, response_kl,
+                   response_mask, response_token_logp, sample)
 from plots import (BEST_OF_N, evaluation_prompts, load_finished_policy, plt, prompts_of_split,
                    reliable_kl, save, styles_of)
 
+HAND_OVER = .05    # probability per token that pi_ref takes over from a sampling policy
 MAX_KL = 10.    # nats; finished policies beyond are drawn at the right edge, labelled with their KL
 FIT_PROMPTS = 5_000    # train prompts of each fit to the optimum, or all if there are fewer
 FIT_SAMPLES = 10       # responses to each of them from each sampling policy
@@ -26,22 +28,75 @@ FIT_LR = 2e-3          # peak learning rate
 
 
 # ------------------------------------------------------------------------- measuring the optimum
+def sample_and_hand_over(setup, ref: GPT, policy: GPT, prompts: tuple[Tensor, Tensor], samples: int,
+                         generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Responses that a policy begins and pi_ref ends: ids and mask (X * samples, T).
+
+    Before each token pi_ref takes over with probability HAND_OVER; then it writes all the rest.
+    (The policy writes whole responses, and pi_ref replaces their ends.) The optimum contains
+    responses that a policy begins well, but would never end as the optimum does. Here pi_ref writes
+    the end, so a response is sampled often enough if its beginning is likely under the policy.
+    """
+    max_tokens, end = setup.cfg.max_tokens, setup.encoding.eot_token
+    ids, mask = generate(policy, prompts, samples, max_tokens, end, generator)
+    prompt_lengths = prompts[1].repeat_interleave(samples)
+    kept = torch.empty(len(ids), device=ids.device).geometric_(HAND_OVER, generator=generator)
+    kept = (kept.long() - 1).clamp(min=0)             # tokens by the policy; CUDA may round 1 to 0
+    rows = (kept < mask.sum(1)).nonzero().squeeze(1)
+    rows = rows[kept[rows].argsort(stable=True)]      # rows of a batch start near the same position
+    for part in rows.split(2048) if len(rows) else ():
+        response = sample(ref, ids[part], prompt_lengths[part] + kept[part],
+                          max_tokens - kept[part], end, generator=generator)
+        ids[part] = F.pad(response, (0, ids.shape[1] - response.shape[1]), value=end)
+    return ids, response_mask(ids, prompt_lengths, max_tokens, end)
+
+
+def hand_over_logp(token_logp: Tensor, ref_token_logp: Tensor, mask: Tensor) -> Tensor:
+    """log q(y|x) of responses y that `sample_and_hand_over` samples, nats -> (N,).
+
+    q(y|x) = (1 - h)^L pi(y|x) + sum_{k < L} h (1 - h)^k pi(y_<k|x) pi_ref(y_>=k|x, y_<k),
+    the sum over the number k of tokens by the policy, for L response tokens and h = HAND_OVER.
+    token_logp and ref_token_logp (N, T) are those of `response_token_logp`, mask (N, T).
+    """
+    by_policy = (token_logp + math.log1p(-HAND_OVER)).masked_fill(~mask, 0.).cumsum(1)
+    by_policy = F.pad(by_policy, (1, 0))    # column t: the tokens before t; the last column: all
+    by_ref = ref_token_logp.flip(1).cumsum(1).flip(1)              # column t: t and all after it
+    at_token = by_policy[:, :-1] + math.log(HAND_OVER) + by_ref    # (N, T) pi_ref takes over at t
+    at_token = at_token.masked_fill(~mask, -math.inf)
+    return torch.cat([at_token, by_policy[:, -1:]], 1).logsumexp(1)
+
+
+def proposal_logp(policies: list[GPT], ids: Tensor, mask: Tensor) -> Tensor:
+    """log q_m(y|x) of responses y under each of the M samplers of `sample_mixture`, nats -> (M, N).
+
+    q_1 is pi_ref, the first policy; each other policy is ended by it (`hand_over_logp`). ids (N, T)
+    and mask (N, T); the result is on the CPU.
+    """
+    ref_token_logp = map_batches(partial(response_token_logp, policies[0]), ids, mask)
+    logps = [ref_token_logp.sum(1)]
+    for policy in policies[1:]:
+        token_logp = map_batches(partial(response_token_logp, policy), ids, mask)
+        logps.append(hand_over_logp(token_logp, ref_token_logp, mask))
+    return torch.stack(logps).cpu()
+
+
 def sample_mixture(setup, policies: list[GPT], prompts: tuple[Tensor, Tensor], samples: int,
                    generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Responses of M policies, pi_ref first, with their true rewards and log weights.
 
-    Each policy samples n = `samples` responses to each of X prompts. -> ids and mask
-    (X, M * n, T), rewards and log weights (X, M * n). Estimates of Z from them are unbiased for any
-    policies (`dpo.balance_heuristic`). Policies that are nearer to the optimum than pi_ref give
-    more effective samples.
+    n = `samples` responses to each of X prompts are pi_ref's, and n are begun by each other policy
+    and ended by pi_ref. -> ids and mask (X, M * n, T), rewards and log weights (X, M * n).
+    Estimates of Z from them are unbiased for any policies (`dpo.balance_heuristic`). Policies that
+    are nearer to the optimum than pi_ref give more effective samples; because of pi_ref no
+    weight exceeds M (a defensive mixture; Hesterberg 1995).
     """
-    max_tokens = setup.cfg.max_tokens
-    end = setup.encoding.eot_token
-    generated = [generate(policy, prompts, samples, max_tokens, end, generator)
-                 for policy in policies]
+    ref, *others = policies
+    generated = [generate(ref, prompts, samples, setup.cfg.max_tokens, setup.encoding.eot_token,
+                          generator)]
+    for policy in others:
+        generated.append(sample_and_hand_over(setup, ref, policy, prompts, samples, generator))
     ids, mask = (torch.cat(parts) for parts in zip(*generated))              # (M * X * samples, T)
-    logp = torch.stack([batched_sequence_logp(policy, ids, mask, setup.device)
-                        for policy in policies])
+    logp = proposal_logp(policies, ids, mask)
     log_weight = dpo.balance_heuristic(logp[0], logp)
     reward = data.true_reward(setup.encoding, ids, mask).cpu()
 
@@ -93,7 +148,7 @@ def fit_to_optimum(setup, kls: tuple[float, ...], sft: Callable) -> dict[str, li
 
     It is fitted by maximum likelihood, so it must give probability to all that the samples of the
     optimum contain: SFT on approximate samples of pi* (Eq. 4) for train prompts. These are drawn
-    from samples of pi_ref and of the fits at the two KLs before, so the KL can grow from fit to fit
+    from `sample_mixture` of pi_ref and the two fits before, so the KL can grow from fit to fit
     (adaptive importance sampling; Rubinstein 1999, the cross-entropy method). Training starts from
     the fit before. `sft` is that of train.py. -> `checkpoints`, a list with the parameters, as
     `load_finished_policy` reads it.
@@ -150,13 +205,14 @@ def choose_proposals(setup, trained: list[Stage]) -> tuple[Stage, ...]:
 def all_proposals(setups: list, trained: list[Stage], sft: Callable) -> list[tuple[Stage, ...]]:
     """For each seed the policies that sample for its optimum besides pi_ref, all finished.
 
-    With --optimum-fits the last fit, the last but two, and so on: neighbours are alike, and each
-    sampling policy costs time. Otherwise trained policies.
+    With --optimum-fits the last fit and the last but two: neighbours are alike, and each sampling
+    policy costs time. Otherwise trained policies.
     """
     fits = [fits_to_optimum(setup, sft) for setup in setups]
     # the first of each seed, then the second: the workers share them, and few wait
     setups[0].stages.get_all([stage for stages in zip(*fits) for stage in stages])
-    return [stages[::-2] or choose_proposals(setup, trained) for setup, stages in zip(setups, fits)]
+    return [stages[-1:] + stages[-3:-2] or choose_proposals(setup, trained)
+            for setup, stages in zip(setups, fits)]
 
 
 def sampling_policies(setup, proposals: tuple[Stage, ...]) -> list[GPT]:

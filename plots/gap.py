@@ -39,7 +39,7 @@ SAMPLES = 4       # responses to each prompt, whose pairs the implicit reward ra
 
 def changed_fields(cfg) -> dict[str, dict]:
     """variant -> the fields of the configuration that it changes."""
-    # a wide network is slow: its optimum rests on pi_ref's and DPO's samples, without fits
+    # a wide network is slow: pi_ref and DPO sample for its optimum, without fits
     wide = dict(width=2 * cfg.width, lr=cfg.lr / 2, optimum_samples=min(cfg.optimum_samples, 512))
     return {PAPER: dict(rounds=1), WIDE: dict(rounds=1, **wide),
             ROUNDS: dict(rounds=8),

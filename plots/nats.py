@@ -101,7 +101,7 @@ def sample_optimal_policy(setup, policies: list[GPT], prompts: tuple[Tensor, Ten
                           generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two samples of pi* at a price beta for each prompt: ids and mask (2 X, T).
 
-    They are drawn from samples of `policies`, of which pi_ref is the first.
+    They are drawn from `sample_mixture` of these policies, of which pi_ref is the first.
     """
     samples = sample_mixture(setup, policies, prompts, POOL, generator)
     return draw_from_optimum(samples, beta, 2, data.named_generator("picked", setup.cfg.seed))

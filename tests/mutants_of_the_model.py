@@ -246,6 +246,15 @@ def response_too_long(original, gpt, prompts, lengths, max_tokens, *arguments, *
     return original(gpt, prompts, lengths, max_tokens + 1, *arguments, **options)
 
 
+@plant("all rows have the limit of the one that may be longest",
+       "model.sample",
+       "each_row_may_have_a_limit_of_its_own",
+       "responses_begun_by_a_policy_and_ended_by_pi_ref_follow_their_density")
+def limit_of_the_longest(original, gpt, prompts, lengths, max_tokens, *arguments, **options):
+    longest = int(torch.as_tensor(max_tokens).max())
+    return original(gpt, prompts, lengths, longest, *arguments, **options)
+
+
 @plant("the responses to one prompt are not consecutive",
        "model.generate",
        "responses_to_a_prompt_stand_together",

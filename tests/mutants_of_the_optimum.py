@@ -5,6 +5,7 @@ from unittest import mock
 
 import torch
 
+import model
 from planting import plant
 
 
@@ -188,7 +189,7 @@ def policy_left_out_of_the_mixture(original, ref_logp, proposal_logp):
     return original(ref_logp, proposal_logp[:max(len(proposal_logp) - 1, 1)])
 
 
-@plant("a response is weighed by the policy that sampled it alone, so its weight has no bound",
+@plant("a response is weighed by the policy that sampled it alone",
        "train.frontier.sample_mixture",
        "samples_of_a_mixture_carry_the_reward_and_the_weight_of_their_response")
 def weights_of_one_policy(original, *arguments):
@@ -199,6 +200,30 @@ def weights_of_one_policy(original, *arguments):
 
     with mock.patch("dpo.balance_heuristic", plain_weight):
         return original(*arguments)
+
+
+@plant("the weights forget that pi_ref ends the responses of the other policies",
+       "train.frontier.hand_over_logp",
+       "the_density_of_handing_over_is_that_of_a_loop_over_tokens",
+       "no_response_is_left_out_by_a_policy_that_hands_over",
+       "samples_of_a_mixture_carry_the_reward_and_the_weight_of_their_response")
+def hand_over_without_weight(original, token_logp, ref_token_logp, mask):
+    return token_logp.sum(1)
+
+
+@plant("pi_ref never takes over from the policies that sample for the optimum",
+       "train.frontier.sample_and_hand_over",
+       "responses_begun_by_a_policy_and_ended_by_pi_ref_follow_their_density")
+def never_handed_over(original, setup, ref, policy, prompts, samples, generator):
+    return model.generate(policy, prompts, samples, setup.cfg.max_tokens,
+                          setup.encoding.eot_token, generator)
+
+
+@plant("the samples for the optimum are different ones in each run",
+       "train.frontier.sample_and_hand_over",
+       "handing_over_uses_its_generator_alone_and_needs_no_response_to_hand_over")
+def handed_over_by_the_global_generator(original, *arguments):
+    return original(*arguments[:-1], torch.default_generator)
 
 
 @plant("samples of trained policies count as samples of pi_ref",
@@ -291,7 +316,7 @@ def fits_beyond_the_largest_target(original, setup, sft):
 
 @plant("the last fit to the optimum does not sample for it",
        "train.frontier.all_proposals",
-       "every_second_fit_samples_for_the_optimum_or_trained_policies_without_fits")
+       "the_last_fit_and_the_last_but_two_sample_or_trained_policies_without_fits")
 def last_fit_left_out(original, setups, trained, sft):
     return [stages[1:] or stages for stages in original(setups, trained, sft)]
 

@@ -16,6 +16,7 @@ from fake_setup import SEED, FakePolicy, numbers
 from plots import frontier
 from test_best_of_n import listed_index
 from test_frontier import BETAS, TOTAL, enumerable_task, listed_optimum, mean_reward_and_kl
+from test_handing_over import hand_over_table
 from test_stages_before_training import setup_of
 
 
@@ -230,12 +231,15 @@ def sampled_mixture(policies, samples):
 def test_samples_of_a_mixture_carry_the_reward_and_the_weight_of_their_response():
     """Row x holds the responses to prompt x alone, n of each policy, in the policies' order.
 
-    Rewards and log weights are those of all listed responses. The mean reward of the n responses of
-    a policy is that of the policy, within 4 standard errors.
+    Rewards and log weights are those of all listed responses. Policies but pi_ref, the first, are
+    ended by pi_ref. The mean reward of the n responses of a policy is that of all listed ones,
+    within 4 standard errors.
     """
     n, r = 400, enumerable_task()[0]
     policies = [world.gpt(seed=seed) for seed in (1, 5, 6)]
-    tables = torch.stack([world.table(policy).detach() for policy in policies])
+    ref = policies[0]
+    tables = torch.stack([world.table(ref).detach(),
+                          *(hand_over_table(policy, ref) for policy in policies[1:])])
     ids, mask, reward, log_weight = sampled_mixture(policies, n)
     index = listed_index(ids.flatten(0, 1), mask.flatten(0, 1)).view(world.X, 3 * n)
     prompt = torch.arange(world.X)[:, None].expand_as(index)

@@ -166,6 +166,20 @@ def test_a_row_is_its_prompt_then_its_response_then_end():
         f"all rows must have {7 + max_tokens} columns, not {len(rows[0])}"
 
 
+def test_each_row_may_have_a_limit_of_its_own():
+    """With max_tokens (B,) a row is the one without a limit, cut after its own number of tokens."""
+    policy = long_gpt()
+    prompts, lengths = ragged_prompts()
+    limits = torch.arange(len(prompts)) % 9 + 1
+    rows, whole_rows = (model.sample(policy, prompts, lengths, max_tokens, END,
+                                     generator=world.generator(3)).tolist()
+                        for max_tokens in (limits, 9))
+    for row, whole, n, limit in zip(rows, whole_rows, lengths.tolist(), limits.tolist()):
+        row, whole = (x + [END] * (n + 9 - len(x)) for x in (row, whole))     # of equal length
+        assert row[:n + limit] == whole[:n + limit], f"{row} changed with its limit, {limit}"
+        assert set(row[n + limit:]) <= {END}, f"{row} has more than {limit} response tokens"
+
+
 def test_response_mask_ends_with_the_first_end_token():
     """The response starts after the prompt and ends with its first END or after max_tokens.
 
