@@ -11,6 +11,7 @@ import world
 from model import response_token_logp
 from plots import frontier
 from test_best_of_n import listed_index
+from test_loops_of_ppo import token_logps
 from world import agree
 
 HAND_OVER = .3    # instead of .05, so that both policies write much of a response
@@ -18,12 +19,10 @@ HAND_OVER = .3    # instead of .05, so that both policies write much of a respon
 
 def token_chances(policy):
     """pi(y_t | x, y_<t) of each token t of each listed response: X * N lists."""
-    ids, mask = world.listed()
-    probability = torch.softmax(policy(ids).detach(), -1)      # of the token after each position
     rows = []
-    for n, row in enumerate(ids.tolist()):
-        positions = mask[n].nonzero().flatten().tolist()
-        rows.append([probability[n, t - 1, row[t]].item() for t in positions])
+    for row, is_response in zip(*world.listed()):
+        positions = is_response.nonzero().flatten().tolist()
+        rows.append([logp.exp().item() for logp in token_logps(policy, row, positions)])
     return rows
 
 
@@ -76,6 +75,12 @@ def sampled(ref, policy, samples, max_tokens=world.MAX_TOKENS):
                                          world.generator(3))
 
 
+def assert_only_end_follows(ids, mask):
+    """After the last token of a response, a row of ids holds only END."""
+    after = mask.int().cumsum(1) == mask.sum(1, keepdim=True)
+    assert (ids[after & ~mask] == world.END).all(), "only END may follow a response"
+
+
 @mock.patch.object(frontier, "HAND_OVER", HAND_OVER)
 def test_responses_begun_by_a_policy_and_ended_by_pi_ref_follow_their_density():
     """20,000 responses to each prompt occur as often as q(y|x) says, within 5 standard errors.
@@ -87,8 +92,7 @@ def test_responses_begun_by_a_policy_and_ended_by_pi_ref_follow_their_density():
     index = listed_index(ids, mask).view(world.X, n)
     assert torch.equal(index // world.N, torch.arange(world.X)[:, None].expand_as(index)), \
         "the responses to a prompt must be consecutive rows"
-    after = mask.int().cumsum(1) == mask.sum(1, keepdim=True)
-    assert (ids[after & ~mask] == world.END).all(), "only END may follow a response"
+    assert_only_end_follows(ids, mask)
     q = hand_over_table(policy, ref, HAND_OVER).exp()
     found = torch.stack([torch.bincount(row % world.N, minlength=world.N) for row in index]) / n
     deviation = (found - q).abs() / (q * (1 - q) / n).sqrt().clamp(min=1 / n)
@@ -106,5 +110,4 @@ def test_handing_over_uses_its_generator_alone_and_needs_no_response_to_hand_ove
             again, _ = sampled(ref, policy, 2, max_tokens=4)
         assert torch.equal(ids, again) and torch.equal(state, torch.get_rng_state()), \
             "equal generators must give equal responses, and no other may be used"
-        after = mask.int().cumsum(1) == mask.sum(1, keepdim=True)
-        assert (ids[after & ~mask] == world.END).all(), "only END may follow a response"
+        assert_only_end_follows(ids, mask)
