@@ -109,7 +109,7 @@ PRESETS = {
     # the paper's number of pairs; betas and targets for the KL at which the optimum is reliable
     "paper": dict(prompts=25_000, betas=(.7, 1.25, 2.25, 3.5), alphas=(.05, .1, .5, 1.), lr=2.5e-4,
                   kl_targets=(1., 2., 4., 7.), ppo_steps=400, eval_prompts=128,
-                  eval_samples=64, optimum_samples=4_096, optimum_fits=6),
+                  eval_samples=64, optimum_samples=6_144, optimum_fits=6),
     "tiny": dict(reviews=1_500, vocab_size=512, layers=1, heads=1, width=32, sft_epochs=3,
                  sft_batch=16, sft_lr=1e-2, prompts=64, betas=(.5, 2.), alphas=(.1,), rm_epochs=1,
                  kl_targets=(1.,), ppo_steps=2, ppo_batch=16, ppo_minibatch=8, eval_prompts=12,

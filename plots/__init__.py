@@ -8,6 +8,7 @@ import copy
 import pathlib
 
 import matplotlib
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -131,9 +132,17 @@ def load_finished_policy(setup, stage: Stage) -> nn.Module:
 
 
 def reliable_kl(optimum: dict) -> float:
-    """The KL, nats, up to which the optimum rests on enough effective samples."""
-    reliable = [kl for kl, ess in zip(optimum["kl"], optimum["ess"]) if ess >= MIN_ESS]
-    return max(reliable, default=0.)
+    """The KL, nats, up to which the optimum rests on at least MIN_ESS effective samples.
+
+    Between the last point of the curve that has them and the next, their number is interpolated.
+    """
+    points = sorted(zip(optimum["kl"], optimum["ess"]))
+    reliable = [i for i, (_, ess) in enumerate(points) if ess >= MIN_ESS]
+    if not reliable:
+        return 0.
+    last_and_next = points[reliable[-1]:reliable[-1] + 2]    # the last alone, if the curve ends
+    ess, kl = zip(*sorted((ess, kl) for kl, ess in last_and_next))
+    return float(numpy.interp(MIN_ESS, ess, kl))
 
 
 def short_label(method: str) -> str:

@@ -5,6 +5,7 @@ import statistics
 from functools import partial
 from typing import Callable
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -268,12 +269,13 @@ def draw_optimum(axis, optimum: dict) -> None:
     The curve is solid where its estimate rests on enough effective samples, and dashed beyond.
     """
     kl, reward = zip(*sorted(zip(optimum["kl"], optimum["reward"])))
-    last_reliable = reliable_kl(optimum)
-    reliable = sum(x <= last_reliable for x in kl)    # number of points
-    dashed = slice(max(reliable - 1, 0), None)        # joins the last reliable point
+    end = reliable_kl(optimum)    # lies between two points of the curve
+    height = numpy.interp(end, kl, reward)
+    count = sum(x <= end for x in kl)
     axis.fill_between(kl, reward, 1.02, color="0.93", lw=0)
-    axis.plot(kl[:reliable], reward[:reliable], color="0.25", lw=2, label="optimum (Eq. 4)")
-    axis.plot(kl[dashed], reward[dashed], "--", color="0.25", lw=1.5,
+    axis.plot([*kl[:count], end], [*reward[:count], height], color="0.25", lw=2,
+              label="optimum (Eq. 4)")
+    axis.plot([end, *kl[count:]], [height, *reward[count:]], "--", color="0.25", lw=1.5,
               label="the same, too few samples")
 
 

@@ -3,6 +3,7 @@ import re
 import statistics
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -99,6 +100,21 @@ def test_an_optimum_from_too_few_samples_is_reliable_nowhere():
     assert tables.above_optimum([row], {**OPTIMUM, "seeds": {"0": poor}}) == []
     assert tables.above_optimum([row], {**poor, "seeds": {"0": OPTIMUM}}) == [row], \
         "the curve of the row's seed counts, not the mean over seeds"
+
+
+def test_the_solid_part_of_the_optimum_ends_where_50_effective_samples_end():
+    """Between 70 effective samples at KL 2 and 30 at KL 3, 50 of them end at KL 2.5.
+
+    The solid and the dashed line meet there, at the height of the curve.
+    """
+    curve = {"kl": [3., 2., 1.], "reward": [.9, .8, .6], "ess": [30., 70., 500.]}
+    assert plots.reliable_kl(curve) == pytest.approx(2.5)
+    figure, axis = plots.plt.subplots()
+    frontier.draw_optimum(axis, curve)
+    solid, dashed = (line.get_xydata() for line in axis.lines)
+    plots.plt.close(figure)
+    assert solid == pytest.approx(numpy.array([[1., .6], [2., .8], [2.5, .85]]))
+    assert dashed == pytest.approx(numpy.array([[2.5, .85], [3., .9]]))
 
 
 def test_the_report_names_failures_and_counts_impossible_rows():
