@@ -86,13 +86,11 @@ def test_a_finished_run_is_not_made_again(copy):
 def test_results_do_not_depend_on_the_number_of_workers(copy):
     """One worker computes all runs of two workers again, from the same pi_ref: equal results.
 
-    The random numbers of a run depend only on the run's name. Of the figures only Best-of-N has
-    rows among the results; the others, which are slow, are not measured again.
+    The random numbers of a run depend only on the run's name.
     """
     rows_before = read_rows(copy)
-    other_figures = tuple(f"measure-figure-{name}" for name in FIGURES - {"best_of_n"})
     for path in copy.glob("*.pt"):
-        if not path.name.startswith(STAGES_BEFORE_RUNS + other_figures):
+        if not path.name.startswith(STAGES_BEFORE_RUNS):
             path.unlink()
     code, printed = run(copy, "--workers", 1)
     assert code == 0 and read_rows(copy) == rows_before, printed
